@@ -48,15 +48,24 @@ def clean():
 
 
 def readme(check):
+    "The index as Markdown: hidden cells left out, `echo: false` cells with their outputs only, pictures with their `fig-alt`"
     from nbconvert import MarkdownExporter
+    from traitlets.config import Config
     nb = nbformat.read(ROOT / "nbs/index.ipynb", 4)
     nb.metadata["language_info"] = {"name": "python"}
     nb.cells = [c for c in nb.cells if c.cell_type != "code" or not HIDE.search(c.source)]
+    alts = []
     for c in nb.cells:
-        if c.cell_type == "code": c.source = DIRECTIVE.sub("", c.source).strip("\n")
+        if c.cell_type == "code":
+            if re.search(r"^#\|\s*echo:\s*false", c.source, re.M): c.metadata["tags"] = ["no-input"]
+            if any("image/png" in o.get("data", {}) for o in c.outputs): alts += re.findall(r"^#\|\s*fig-alt:\s*(.+)$", c.source, re.M) or ["figure"]
+            c.source = DIRECTIVE.sub("", c.source).strip("\n")
         else: c.source = re.sub(r"\]\((?!https?:|#|nbs/|/)([\w./-]+\.ipynb)\)", r"](nbs/\1)", c.source)   # links from the top level
-    body, res = MarkdownExporter().from_notebook_node(nb, resources={"output_files_dir": "docs/readme_files"})
-    files = {"README.md": (re.sub(r"\n{3,}", "\n\n", body).strip() + "\n").encode(), **res.get("outputs", {})}
+    config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"no-input"}}})
+    body, res = MarkdownExporter(config=config).from_notebook_node(nb, resources={"output_files_dir": "docs/readme_files"})
+    for alt in alts: body = body.replace("![png](", f"![{alt}](", 1)
+    body = re.sub(r"\n\s*\n(\s*\n)*", "\n\n", body).strip() + "\n"
+    files = {"README.md": body.encode(), **res.get("outputs", {})}
     old = {n for n in ("README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs/readme_files").glob("*")))}
     if check:
         stale = [n for n in files.keys() | old if n not in files or not (ROOT / n).exists() or (ROOT / n).read_bytes() != files[n]]

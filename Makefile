@@ -1,0 +1,87 @@
+# Every target sets up what it needs; nothing is redone unless its inputs changed.
+#   make demo                     concat and mla on the embedded dataset: two executed notebooks and a table
+#   make demo DATASET=digits ARCHIVE=free-spoken-digit-dataset.zip      the same on real recordings
+#   make test                     every test, and every chapter
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN     := $(VENV)/bin
+DEPS    := $(VENV)/.deps
+READY   := $(VENV)/.ready
+UV      := uv==0.13.9
+WORKERS ?= 2
+
+DATASET ?= synthetic
+METHODS ?= concat mla
+ENCODER ?= small
+EPOCHS  ?= 20
+SEED    ?= 0
+ARCHIVE ?=
+ROOT    ?=
+DOWNLOAD ?=
+DEMO    := runs/demo
+# what is passed to data_scripts/prepare_digits.py, and the same options for the run
+DIGITS  := --split speaker --image_noise 0.5
+ifeq ($(DATASET),digits)
+DATASET_ARGS ?= split=speaker,image_noise=0.5
+endif
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+.DELETE_ON_ERROR:
+.PHONY: help setup demo prepare-synthetic prepare-digits test lab chapter export clean readme check-python lock benchmark
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
+
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mla_nb needs Python 3.11 or newer; %s is %s: make PYTHON=python3.11 ..." % ("$(PYTHON)", sys.version.split()[0]))'
+
+$(DEPS): constraints.txt | check-python
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(UV) && $(BIN)/uv pip install -q --python $(BIN)/python -r constraints.txt \
+	  || $(BIN)/python -m pip install -q -r constraints.txt
+	touch $@
+$(READY): $(DEPS) setup.py settings.ini pyproject.toml
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+setup: $(READY) ## the environment in .venv
+
+demo: prepare-$(DATASET) ## concat and mla, start to end: executed notebooks in runs/demo/ and a table
+	@mkdir -p $(DEMO)
+	@set -e; for m in $(METHODS); do \
+	  echo "== $$m on $(DATASET): $(DEMO)/$(DATASET)-$$m.ipynb"; \
+	  $(BIN)/python -m papermill --log-level WARNING --progress-bar nbs/experiments/run.ipynb $(DEMO)/$(DATASET)-$$m.ipynb -k python3 \
+	    -p dataset $(DATASET) -p method $$m -p encoder '$(ENCODER)' -p epochs $(EPOCHS) -p seed $(SEED) \
+	    -r dataset_args '$(DATASET_ARGS)' -p root $(DEMO)/$(DATASET); \
+	done
+	@echo; $(BIN)/mla_table $(DEMO)/$(DATASET)
+
+prepare-synthetic: $(READY)
+prepare-digits: $(READY)
+	$(if $(ARCHIVE)$(ROOT)$(DOWNLOAD),$(BIN)/python data_scripts/prepare_digits.py $(DIGITS) \
+	  $(if $(ARCHIVE),--archive '$(ARCHIVE)',$(if $(ROOT),--root '$(ROOT)',--download)),\
+	  @test -e data/digits-speaker-noise0.5/dataset.json || { echo "make demo DATASET=digits needs the recordings: add ARCHIVE=FILE.zip, ROOT=DIR or DOWNLOAD=1 (see data_scripts/prepare_digits.py)"; exit 1; })
+prepare-%: $(READY)
+	@$(BIN)/python -c "from mla_nb.core import *; discover(); raise SystemExit(str(unknown('dataset', '$*', datasets)))"
+
+test: $(READY) ## every test, every chapter, README in step
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
+	$(BIN)/python tools/nbs.py readme --check
+
+lab: $(READY) ## JupyterLab on the chapters
+	$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb
+
+chapter: $(READY) ## execute chapters in place: make chapter N=10
+	$(if $(N),$(BIN)/python tools/nbs.py run $(N),@echo "which one? make chapter N=10"; exit 1)
+
+export: $(READY) ## notebooks -> mla_nb/
+	$(BIN)/nbdev_export
+readme: $(READY) ## README.md from nbs/index.ipynb
+	$(BIN)/python tools/nbs.py readme
+clean: $(READY) ## store the notebooks without execution counts and stray metadata
+	$(BIN)/nbdev_clean
+benchmark: $(READY) ## the cost of a step, against the bare encoders
+	$(BIN)/python benchmarks/step.py
+lock: $(DEPS) ## constraints.txt from requirements.in
+	$(BIN)/uv pip compile -q --no-annotate --no-header --upgrade --python $(BIN)/python requirements.in -o constraints.txt
