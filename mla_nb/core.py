@@ -187,17 +187,17 @@ def spread(
     if isinstance(x, dict): return {k: spread(v, here) for k, v in x.items()}
     return x if bool(here.all()) else x.new_zeros(len(here), *x.shape[1:]).index_copy(0, here.nonzero().squeeze(1), x)
 
-# %% ../nbs/00_core.ipynb #7664d1f5
+# %% ../nbs/00_core.ipynb #a6cc24b3
 def collate(
     items:list[dict],       # samples
-    preps:dict|None=None,   # modality -> function from raw items to a tensor or dict of tensors
+    preps:dict|None=None,   # modality -> function from raw items to a tensor or dict of tensors; None: stack them all
 )->Batch:
-    "Samples to a `Batch`; what a sample lacks becomes a row with `present=False`"
+    "Samples to a `Batch` of the modalities in `preps`; what a sample lacks becomes a row with `present=False`"
     x, present = {}, {}
-    for m in items[0]['x']:
+    for m, prep in (preps or dict.fromkeys(items[0]['x'], stack)).items():
         raw = [i['x'][m] for i in items]
         present[m] = here = tensor([r is not None for r in raw])
-        if here.any(): x[m] = spread((preps or {}).get(m, stack)([r for r in raw if r is not None]), here)
+        if here.any(): x[m] = spread(prep([r for r in raw if r is not None]), here)
     return Batch(x, tensor([i['y'] for i in items]), present, tensor([i['idx'] for i in items]))
 
 # %% ../nbs/00_core.ipynb #996c0e44

@@ -103,26 +103,28 @@ def nbytes(x)->int:
 
 def _as_is(b): return b
 
-# %% ../nbs/06_learner.ipynb #613a6383
+# %% ../nbs/06_learner.ipynb #95755670
 class Callback:
     "Something that happens during training. All hooks are here; each gets the learner."
+    order = 0                               # smaller comes first; edits have 0
     def before_fit(self, learn): pass
     def after_backward(self, learn): pass   # gradients are there, the step has not been taken
     def after_step(self, learn): pass
     def after_batch(self, learn): pass
     def after_epoch(self, learn): pass
-    def after_fit(self, learn): pass
+    def after_fit(self, learn): pass        # also when training was stopped by an error
     def state_dict(self)->dict: return {}   # what a checkpoint must keep
     def load_state_dict(self, state:dict): pass
 
-# %% ../nbs/06_learner.ipynb #d36d360e
+# %% ../nbs/06_learner.ipynb #cf236612
 sgd = partial(torch.optim.SGD, lr=.1, momentum=.9)
 
 class Learner:
     "Trains a net with a method; everything else is callbacks"
     def __init__(self, net:Net, dls:Loaders, method:Method, opt_func=sgd, cbs=(), seed:int=0):
         self.net, self.dls, self.method, self.seed = net, dls, method, seed
-        self.opt, self.cbs = opt_func(net.parameters()), [*cbs, *method.edits]
+        self.opt, self.rule = opt_func(net.parameters()), method.rule
+        self.cbs = sorted([*cbs, *method.edits], key=lambda c: c.order)
         self.epoch, self.history, self.row = 0, [], {}
 
     def cb(self, hook):
@@ -153,12 +155,21 @@ class Learner:
     def fit(self, epochs:int):
         "Train until `epochs` epochs are done, counting those done before"
         self.epochs = epochs
-        self.cb('before_fit')
-        while self.epoch < self.epochs:
-            self.one_epoch()
-            self.epoch += 1
-        self.cb('after_fit')
+        try:
+            self.cb('before_fit')
+            while self.epoch < self.epochs:
+                self.one_epoch()
+                self.epoch += 1
+        finally: self.cb('after_fit')
         return self
+
+    def validate(self)->'Pred':
+        "Predictions on validation; a rule that has something to learn (a `fit`) learns it here"
+        p = predictions(self.net, self.method, self.dls.valid)
+        if not hasattr(self.rule, 'fit'): return p
+        self.method.rule = self.rule.fit(p)
+        weights = self.method.rule(p.logits, p.present)
+        return replace(p, weights=weights, fused=fuse(p.logits, weights))
 
 # %% ../nbs/06_learner.ipynb #cb4b7512
 @dataclass
@@ -231,9 +242,10 @@ def predictions(
     "Predict a whole split"
     return Pred.cat([predict(net, method, b) for b in dl]).cpu()
 
-# %% ../nbs/06_learner.ipynb #8ca308d1
+# %% ../nbs/06_learner.ipynb #45264ae9
 class Recorder(Callback):
     "Per epoch: training loss per turn, gradient norm per encoder, validation scores, seconds"
+    order = 10
     def __init__(self, every:int=5): self.every = every     # batches between gradient norms
     def before_fit(self, learn): self.reset()
     def reset(self): self.loss, self.n, self.grad, self.k, self.start = {}, {}, {}, {}, time.perf_counter()
@@ -256,13 +268,14 @@ class Recorder(Callback):
         learn.row.update(lr=learn.opt.param_groups[0]['lr'], seconds=seconds,
                          train=dict(loss={k: float(v) / self.n[k] for k, v in self.loss.items()},
                                     grad={m: float(v) / self.k[m] for m, v in self.grad.items()}),
-                         valid=scores(predictions(learn.net, learn.method, learn.dls.valid)))
+                         valid=scores(learn.validate()))
         self.reset()
 
-# %% ../nbs/06_learner.ipynb #9c27016d
+# %% ../nbs/06_learner.ipynb #35b6e4c2
 class Progress(Callback):
     "A progress bar over all batches, with the last validation accuracies; in a terminal or a notebook"
-    def __init__(self, label:str=''): self.label = label
+    order = 30
+    def __init__(self, label:str=''): self.label, self.bar = label, None
     def before_fit(self, learn):
         from tqdm.auto import tqdm
         steps = len(learn.dls.train)
@@ -271,10 +284,11 @@ class Progress(Callback):
     def after_epoch(self, learn):
         self.bar.set_description(f"{self.label} epoch {learn.epoch + 1}/{learn.epochs}".strip())
         self.bar.set_postfix({k: f'{v:.3f}' for k, v in learn.row.get('valid', {}).get('accuracy', {}).items()}, refresh=False)
-    def after_fit(self, learn): self.bar.close()
+    def after_fit(self, learn): self.bar and self.bar.close()
 
 class Schedule(Callback):
     "Learning rate over the epochs: 'constant', 'step' (a tenth after 70%, as in the paper) or 'cosine'"
+    order = 25
     shapes = dict(constant=lambda t: 1., step=lambda t: 1. if t < .7 else .1, cosine=lambda t: .5 * (1 + math.cos(math.pi * t)))
 
     def __init__(self, shape:str='step'):
@@ -287,12 +301,13 @@ class Schedule(Callback):
     def set(self, learn, epoch):
         for g, lr in zip(learn.opt.param_groups, self.start): g['lr'] = lr * self.shape(min(1., epoch / learn.epochs))
 
-# %% ../nbs/06_learner.ipynb #d76dec63
+# %% ../nbs/06_learner.ipynb #3aab5009
 class Diverged(InputError):
     "Training broke down: the loss is not finite"
 
 class StopOnNaN(Callback):
     "Stop before a step with a loss that is not finite"
+    order = -5
     def __init__(self, every:int=50): self.every, self.k = every, 0     # turns between looks on a GPU
     def after_backward(self, learn):
         self.k += 1
@@ -302,9 +317,10 @@ class StopOnNaN(Callback):
             raise Diverged(f"the loss is {learn.loss.item()} in epoch {learn.epoch + 1}, batch {learn.step + 1} ({' + '.join(learn.turn.x)}); "
                            f"samples {learn.turn.idx[:5].tolist()}…; try a learning rate below {lr:g} and look at these samples.")
 
-# %% ../nbs/06_learner.ipynb #34180aa2
+# %% ../nbs/06_learner.ipynb #127b4d8a
 class Accelerate(Callback):
     "Device, mixed precision ('no' or 'bf16') and processes, by Hugging Face Accelerate"
+    order = -10
     def __init__(self, device:str='auto', precision:str='no'): self.device, self.precision = device, precision
 
     def before_fit(self, learn):

@@ -28,13 +28,13 @@ def alternating(
         for m in order or b.x: yield from turn_of(m)(b)
     return turns
 
-# %% ../../nbs/09_alternating.ipynb #3b182750
+# %% ../../nbs/09_alternating.ipynb #a9b5be58
 def mean_rule(
     logits,     # (M,B,C)
     present,    # (M,B) bool
 ):              # (M,B) weights
     "Every modality that is present counts the same"
-    return present / present.sum(0).clamp(min=1)
+    return present.to(logits.dtype) / present.sum(0).clamp(min=1)
 
 @methods
 def ensemble(

@@ -17,7 +17,7 @@ from .ensemble import *
 from ..projection import *
 from ..fusion import *
 
-# %% ../../nbs/12_mla.ipynb #30c210e1
+# %% ../../nbs/12_mla.ipynb #cfb01a7a
 @methods
 def mla(
     rule='entropy',             # fusion rule: a name or a function
@@ -34,10 +34,10 @@ def mla(
 @methods
 def mla_fixed(
     weights=None,               # one per modality, 'published', or None: chosen on validation
-    **kw,                       # arguments of `mla`
+    order=None, projection:bool=True, denominator:str='scalar', norm:bool=False, when:str='project_first',     # as in `mla`
 )->Method:
     "MLA with one fusion weight per modality instead of one per sample"
-    return mla(rule=fixed(weights), **kw)
+    return mla(fixed(weights), order, projection, denominator, norm, when)
 
 # %% ../../nbs/12_mla.ipynb #0579a83d
 def compare(
