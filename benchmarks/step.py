@@ -1,25 +1,30 @@
 """What MLA adds to the cost of its encoders.
 
-    python benchmarks/step.py [--pairs 5] [--small_pairs 200] [--only cremad|small|memory]
+    python benchmarks/step.py [--pairs 5] [--small_pairs 400] [--only cremad|small|memory]
 
 Time: an MLA training step as `run` takes it (turns, shared head, projection, NaN guard, recorder) over the bare cost, which
 is forward, backward and SGD step of the same encoders with a linear head, one modality at a time. Both are timed in turn in
 this process, and the median of the paired ratios is printed: at most 1.05, and as close to 1 as it goes.
 
-Memory: peak of an MLA step over that of encoding both modalities before stepping, for two equal encoders; each in a fresh
-process, above what net, optimiser and batch need: at most 0.65.
+Memory: peak of an MLA step over that of encoding both modalities before stepping, for two equal encoders, each in a fresh
+process; counted is what PyTorch's allocator hands out above what net, optimiser and batch already hold: at most 0.65.
 """
 import argparse
+import itertools
+import json
 import multiprocessing as mp
-import resource
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from mla_nb.core import Batch
-from mla_nb.encoders.audio import SmallCNN, resnet18_trunk
+import mla_nb.encoders.text     # registers small_text
+from mla_nb.core import Batch, collate, encoders
+from mla_nb.data.synthetic import synthetic
+from mla_nb.encoders.audio import resnet18_trunk
 from mla_nb.encoders.visual import OverFrames
 from mla_nb.heads import ConcatHead, make_net
 from mla_nb.learner import Learner, Loaders, Method, Recorder, Shuffle, StopOnNaN
@@ -65,9 +70,8 @@ def seconds(f):
     return time.perf_counter() - t
 
 
-def compare(name, make, shapes, B, pairs, classes=6):
+def compare(name, make, b, classes, pairs):
     torch.manual_seed(0)
-    b = batch(shapes, B, classes)
     learn = learner(make(), b, classes, mla())
 
     def ours():
@@ -87,34 +91,36 @@ def compare(name, make, shapes, B, pairs, classes=6):
 
 def cremad(pairs):
     make = lambda: {"audio": resnet18_trunk(1), "video": OverFrames(resnet18_trunk(3))}
-    compare("CREMA-D shapes, ResNet-18, batch 16", make, {"audio": (1, 257, 188), "video": (3, 3, 224, 224)}, 16, pairs)
+    b = batch({"audio": (1, 257, 188), "video": (3, 3, 224, 224)}, 16, 6)
+    compare("CREMA-D shapes, ResNet-18, batch 16", make, b, 6, pairs)
 
 
 def small(pairs):
-    make = lambda: {"audio": SmallCNN(1), "visual": OverFrames(SmallCNN(3))}
-    compare("small shapes, three-layer CNN, batch 64", make, {"audio": (1, 32, 32), "visual": (3, 32, 32)}, 64, pairs)
+    s = synthetic(n_train=64, n_valid=6, n_test=6)
+    items = {m: list(s.train.column(m)) for m in s.modalities}
+    make = lambda: {m: encoders[f"small_{mod.kind}"](mod, items[m]) for m, mod in s.modalities.items()}
+    b = collate([s.train[i] for i in range(64)], {m: e.prep for m, e in make().items()}).to(DEVICE)
+    compare("small shapes, the embedded default with its encoders, batch 64", make, b, len(s.classes), pairs)
 
 
 def peak(joint, out):
     "Peak memory of one step above what was there before it, in MiB"
     torch.manual_seed(0)
     encs = {m: OverFrames(resnet18_trunk(3)) for m in ("left", "right")}
-    method = Method(ConcatHead) if joint else mla()
-    b = batch({m: (3, 224, 224) for m in encs}, 16, 6)
-    learn = learner(encs, b, 6, method)
-    tiny = Batch({m: v[:2, :, :64, :64] for m, v in b.x.items()}, b.y[:2], {m: p[:2] for m, p in b.present.items()}, b.idx[:2])
-    learn.batch = tiny
-    learn.one_batch()           # gradients and momentum exist from here on
-    learn.batch = b
+    learn = learner(encs, batch({m: (3, 224, 224) for m in encs}, 16, 6), 6, Method(ConcatHead) if joint else mla())
+    learn.one_batch()           # gradients, momentum and the libraries' own buffers exist from here on
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         learn.one_batch()
         out.put((torch.cuda.max_memory_allocated() - before) / 2**20)
     else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        learn.one_batch()
-        out.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as prof: learn.one_batch()
+        with tempfile.TemporaryDirectory() as d:
+            prof.export_chrome_trace(f"{d}/trace.json")
+            events = json.loads(Path(d, "trace.json").read_text())["traceEvents"]
+        moves = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+        out.put(max(itertools.accumulate(n for _, n in moves)) / 2**20)
 
 
 def memory():
@@ -132,7 +138,7 @@ def memory():
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--pairs", type=int, default=5, help="timed pairs at CREMA-D shapes")
-    p.add_argument("--small_pairs", type=int, default=200, help="timed pairs at small shapes")
+    p.add_argument("--small_pairs", type=int, default=400, help="timed pairs at small shapes")
     p.add_argument("--only", choices=["cremad", "small", "memory"])
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as many as PyTorch likes")
     a = p.parse_args()

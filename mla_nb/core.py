@@ -136,7 +136,7 @@ def to(x, device):
     if isinstance(x, dict): return {k: to(v, device) for k, v in x.items()}
     return x.to(device, non_blocking=True)
 
-# %% ../nbs/00_core.ipynb #427088d0
+# %% ../nbs/00_core.ipynb #a06aecba
 @dataclass
 class Batch:
     "Rows of several modalities, some of which may be absent"
@@ -145,12 +145,13 @@ class Batch:
     present: dict   # modality -> (B,) bool, always on the CPU
     idx: torch.Tensor   # (B,) numbers of the samples in their split
 
+    def __post_init__(self): self._rows = {}
     def __len__(self): return len(self.y)
 
     def rows(self, m:str):
         "The rows that have `m`; None when all do"
-        here = self.present[m]
-        return None if bool(here.all()) else here.nonzero().squeeze(1)
+        if m not in self._rows: self._rows[m] = None if bool(self.present[m].all()) else self.present[m].nonzero().squeeze(1)
+        return self._rows[m]
 
     def take(self, rows)->'Batch':
         "The batch of these rows"
@@ -162,7 +163,8 @@ class Batch:
         mods = [m for m in mods if m in self.x]
         b = Batch({m: self.x[m] for m in mods}, self.y, {m: self.present[m] for m in mods}, self.idx)
         if not mods: return b.take(torch.zeros(0, dtype=torch.long))
-        if any(bool(p.all()) for p in b.present.values()): return b
+        b._rows = self._rows        # looked at once, not once per turn
+        if any(b.rows(m) is None for m in mods): return b
         return b.take(torch.stack(list(b.present.values())).any(0).nonzero().squeeze(1))
 
     def to(self, device, **_)->'Batch':

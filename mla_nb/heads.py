@@ -34,7 +34,11 @@ class ConcatHead(Head):
         blocks = dict(zip(self.widths, self.out.weight.split(list(self.widths.values()), 1)))
         return sum(F.linear(z[m], blocks[m]) for m in z) + self.out.bias
 
-# %% ../nbs/05_heads.ipynb #96f4f6d4
+# %% ../nbs/05_heads.ipynb #e4871bef
+def _mean(logits:list)->torch.Tensor:
+    "Mean of one or several (B,C)"
+    return logits[0] if len(logits) == 1 else torch.stack(logits).mean(0)
+
 class SharedHead(Head):
     "One linear layer used by every modality in turn (MLA, arXiv 2311.10707, section 3.1)"
     def __init__(self, widths, classes):
@@ -42,7 +46,7 @@ class SharedHead(Head):
         self.width = max(widths.values())
         self.out = nn.Linear(self.width, classes)
 
-    def forward(self, z): return sum(self.out(v) for v in z.values()) / len(z)
+    def forward(self, z): return _mean([self.out(v) for v in z.values()])
 
 class SeparateHead(Head):
     "One linear layer per modality: the head of an ensemble"
@@ -50,7 +54,7 @@ class SeparateHead(Head):
         super().__init__(widths, classes)
         self.out = nn.ModuleDict({m: nn.Linear(w, classes) for m, w in widths.items()})
 
-    def forward(self, z): return sum(self.out[m](v) for m, v in z.items()) / len(z)
+    def forward(self, z): return _mean([self.out[m](v) for m, v in z.items()])
 
 # %% ../nbs/05_heads.ipynb #6657f424
 def check_head(
@@ -69,7 +73,7 @@ def check_head(
             swapped = head({m: z[m] for m in reversed(sub)})
             assert torch.allclose(out, swapped, atol=1e-5), f"{head_class.__name__} depends on the order of {sub}"
 
-# %% ../nbs/05_heads.ipynb #b1d0bf7c
+# %% ../nbs/05_heads.ipynb #6410b311
 class Net(nn.Module):
     "Encoders by modality, and a head"
     def __init__(self, encs:dict, head:Head):
@@ -89,15 +93,15 @@ class Net(nn.Module):
         rows = {m: b.rows(m) for m in self.encs if m in b.x}
         return {m: self.encode(m, b.x[m], r, len(b)) for m, r in rows.items() if r is None or len(r)}
 
-    def combine(self, z:dict, present:dict)->torch.Tensor:
+    def combine(self, z:dict, b:Batch)->torch.Tensor:
         "(B,C) logits, each row from the modalities it has"
-        who = torch.stack([present[m] for m in z])                                  # (M,B)
-        if bool(who.all()): return self.head(z)
+        if all(b.rows(m) is None for m in z): return self.head(z)
+        who = torch.stack([b.present[m] for m in z])                                # (M,B)
         parts = [(who == p[:, None]).all(0).nonzero().squeeze(1) for p in who.unique(dim=1).T if p.any()]
-        logits = [self.head({m: take(z[m], rows) for m in z if present[m][rows[0]]}) for rows in parts]
+        logits = [self.head({m: take(z[m], rows) for m in z if b.present[m][rows[0]]}) for rows in parts]
         return logits[0].new_zeros(who.shape[1], logits[0].shape[1]).index_copy(0, torch.cat(parts).to(logits[0].device), torch.cat(logits))
 
-    def forward(self, b:Batch)->torch.Tensor: return self.combine(self.features(b), b.present)
+    def forward(self, b:Batch)->torch.Tensor: return self.combine(self.features(b), b)
 
 # %% ../nbs/05_heads.ipynb #60183259
 def make_net(

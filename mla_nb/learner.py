@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 from .core import *
 from .heads import *
 
-# %% ../nbs/06_learner.ipynb #9367d6c6
+# %% ../nbs/06_learner.ipynb #10fc45d1
 def joint_turn(b:Batch)->Iterable[Batch]:
     "One turn per batch, all modalities together"
     yield b
@@ -35,7 +35,7 @@ def turn_of(*mods)->Callable:
 
 def ce_loss(learn)->torch.Tensor:
     "Cross-entropy of the head's answer to this turn"
-    return F.cross_entropy(learn.net.combine(learn.z, learn.turn.present), learn.turn.y)
+    return F.cross_entropy(learn.net.combine(learn.z, learn.turn), learn.turn.y)
 
 @dataclass
 class Method:
@@ -196,7 +196,7 @@ class Pred:
         return replace(self, **{k: v.float().cpu() if v.is_floating_point() else v.cpu()
                                 for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
 
-# %% ../nbs/06_learner.ipynb #710800aa
+# %% ../nbs/06_learner.ipynb #8df11ad0
 def fuse(
     logits,     # (M,B,C) per modality
     weights,    # (M,B), zero where absent
@@ -219,7 +219,7 @@ def predict(
     blank = torch.zeros(len(b), net.head.classes, device=b.y.device)        # no opinion
     logits = torch.stack([torch.where(h[:, None], some.get(m, blank), blank) for m, h in zip(mods, here)])
     weights = method.rule(logits, here) if method.rule else None
-    fused = blank if not z else net.combine(z, b.present) if weights is None else fuse(logits, weights)
+    fused = blank if not z else net.combine(z, b) if weights is None else fuse(logits, weights)
     net.train(training)
     return Pred(mods, logits, fused, weights, here, b.y, b.idx)
 
@@ -242,32 +242,30 @@ def predictions(
     "Predict a whole split"
     return Pred.cat([predict(net, method, b) for b in dl]).cpu()
 
-# %% ../nbs/06_learner.ipynb #45264ae9
+# %% ../nbs/06_learner.ipynb #837d1736
 class Recorder(Callback):
     "Per epoch: training loss per turn, gradient norm per encoder, validation scores, seconds"
     order = 10
-    def __init__(self, every:int=5): self.every = every     # batches between gradient norms
-    def before_fit(self, learn): self.reset()
-    def reset(self): self.loss, self.n, self.grad, self.k, self.start = {}, {}, {}, {}, time.perf_counter()
+    def __init__(self, every:int=8): self.every = every     # batches between gradient norms
+    def before_fit(self, learn):
+        self.params = {m: list(e.parameters()) for m, e in learn.net.encs.items()}
+        self.reset()
+    def reset(self): self.loss, self.grad, self.start = {}, {}, time.perf_counter()
 
     def after_backward(self, learn):
         if learn.step % self.every: return
         for m in learn.z:
-            grads = [p.grad for p in learn.net.encs[m].parameters() if p.grad is not None]
-            if not grads: continue
-            self.grad[m] = self.grad.get(m, 0) + torch.stack(torch._foreach_norm(grads)).norm()
-            self.k[m] = self.k.get(m, 0) + 1
+            grads = [p.grad for p in self.params[m] if p.grad is not None]
+            if grads: self.grad.setdefault(m, []).append(torch.stack(torch._foreach_norm(grads)).norm())
 
     def after_step(self, learn):
-        name, n = '+'.join(learn.turn.x), len(learn.turn)
-        self.loss[name] = self.loss.get(name, 0) + learn.loss.detach() * n
-        self.n[name] = self.n.get(name, 0) + n
+        self.loss.setdefault('+'.join(learn.turn.x), []).append((learn.loss.detach(), len(learn.turn)))
 
     def after_epoch(self, learn):
         seconds = time.perf_counter() - self.start
         learn.row.update(lr=learn.opt.param_groups[0]['lr'], seconds=seconds,
-                         train=dict(loss={k: float(v) / self.n[k] for k, v in self.loss.items()},
-                                    grad={m: float(v) / self.k[m] for m, v in self.grad.items()}),
+                         train=dict(loss={k: sum(float(v) * n for v, n in rows) / sum(n for _, n in rows) for k, rows in self.loss.items()},
+                                    grad={m: torch.stack(v).mean().item() for m, v in self.grad.items()}),
                          valid=scores(learn.validate()))
         self.reset()
 
@@ -301,7 +299,7 @@ class Schedule(Callback):
     def set(self, learn, epoch):
         for g, lr in zip(learn.opt.param_groups, self.start): g['lr'] = lr * self.shape(min(1., epoch / learn.epochs))
 
-# %% ../nbs/06_learner.ipynb #3aab5009
+# %% ../nbs/06_learner.ipynb #df89f67d
 class Diverged(InputError):
     "Training broke down: the loss is not finite"
 
@@ -312,7 +310,7 @@ class StopOnNaN(Callback):
     def after_backward(self, learn):
         self.k += 1
         if learn.loss.device.type != 'cpu' and self.k % self.every: return
-        if not bool(learn.loss.isfinite()):
+        if not math.isfinite(learn.loss.item()):
             lr = learn.opt.param_groups[0]['lr']
             raise Diverged(f"the loss is {learn.loss.item()} in epoch {learn.epoch + 1}, batch {learn.step + 1} ({' + '.join(learn.turn.x)}); "
                            f"samples {learn.turn.idx[:5].tolist()}…; try a learning rate below {lr:g} and look at these samples.")

@@ -15,7 +15,7 @@ from .core import *
 from .heads import *
 from .learner import *
 
-# %% ../nbs/10_projection.ipynb #9c351cf1
+# %% ../nbs/10_projection.ipynb #f5427d72
 def update_projection(
     P,          # (D,D)
     r,          # (D,) mean feature of a turn
@@ -25,7 +25,8 @@ def update_projection(
 ):              # (D,D)
     "Remember `r`: afterwards P r is small"
     k = P @ r
-    P = P - torch.outer(k, k / (lam + r @ k)) if denominator == 'scalar' else P - torch.outer(k, k) / (lam + torch.outer(k, r))
+    if denominator == 'scalar': P = torch.addr(P, k, k / (lam + r @ k), alpha=-1)
+    else: P = P - torch.outer(k, k) / (lam + torch.outer(k, r))
     return P / P.norm() if norm else P
 
 def project(
@@ -43,7 +44,7 @@ def epoch_lambda(
     "λ = 0.1 ** (step/steps + 1), the schedule of the released code"
     return .1 ** (step / steps + 1)
 
-# %% ../nbs/10_projection.ipynb #e648e9b9
+# %% ../nbs/10_projection.ipynb #cc5390bb
 class GradProjection(Callback):
     "Project the shared head's weight gradient away from earlier turns (MLA, arXiv 2311.10707, section 3.2); biases are left alone"
     def __init__(self,
@@ -63,16 +64,18 @@ class GradProjection(Callback):
             raise InputError(f"GradProjection edits the one linear layer of a SharedHead; {type(learn.net.head).__name__} has none that modalities share.")
 
     def update(self, learn):
-        r = learn.average(torch.cat(list(learn.z.values())).detach().mean(0).to(self.P.dtype))
+        z = torch.cat([*learn.z.values()]) if len(learn.z) > 1 else next(iter(learn.z.values()))
+        r = learn.average(z.detach().mean(0).to(self.P.dtype))
         self.P = update_projection(self.P, r, self.lam(learn.step, len(learn.dls.train)), self.denominator, self.norm)
 
     def after_backward(self, learn):
         W = learn.net.head.out.weight
-        if self.P is None: self.P = torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
-        self.P, self.turns = self.P.to(W.device), self.turns + 1
+        if self.P is None: self.P = torch.eye(W.shape[1], dtype=W.dtype)
+        if self.P.device != W.device: self.P = self.P.to(W.device)
+        self.turns += 1
         if self.turns <= self.skip: return
         if self.when == 'update_first': self.update(learn)
-        W.grad.copy_(project(W.grad, self.P))
+        W.grad = project(W.grad, self.P)
         if self.when == 'project_first': self.update(learn)
 
     def state_dict(self): return dict(P=self.P, turns=tensor(self.turns))
