@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sgd', 'joint_turn', 'turn_of', 'ce_loss', 'Method', 'concat', 'unimodal', 'Shuffle', 'Loaders', 'loaders', 'nbytes',
-           'Callback', 'Learner', 'Pred', 'fuse', 'predict', 'scores', 'predictions', 'Recorder', 'Progress',
+           'Callback', 'Loop', 'Learner', 'Pred', 'fuse', 'predict', 'scores', 'predictions', 'Recorder', 'Progress',
            'Schedule', 'Diverged', 'StopOnNaN', 'Accelerate', 'plot_learning', 'check_method']
 
 # %% ../nbs/06_learner.ipynb #257f51ed
@@ -116,32 +116,13 @@ class Callback:
     def state_dict(self)->dict: return {}   # what a checkpoint must keep
     def load_state_dict(self, state:dict): pass
 
-# %% ../nbs/06_learner.ipynb #cf236612
-sgd = partial(torch.optim.SGD, lr=.1, momentum=.9)
-
-class Learner:
-    "Trains a net with a method; everything else is callbacks"
-    def __init__(self, net:Net, dls:Loaders, method:Method, opt_func=sgd, cbs=(), seed:int=0):
-        self.net, self.dls, self.method, self.seed = net, dls, method, seed
-        self.opt, self.rule = opt_func(net.parameters()), method.rule
-        self.cbs = sorted([*cbs, *method.edits], key=lambda c: c.order)
-        self.epoch, self.history, self.row = 0, [], {}
+# %% ../nbs/06_learner.ipynb #cfc91b74
+class Loop:
+    "Epochs of batches, counted; what happens in a batch is the learner's business"
+    epoch = 0
 
     def cb(self, hook):
         for c in self.cbs: getattr(c, hook)(self)
-
-    def average(self, x): return x                      # over processes, when there are several
-
-    def one_turn(self):
-        self.z    = self.net.features(self.turn)
-        self.loss = self.method.loss(self)
-        self.loss.backward();  self.cb('after_backward')
-        self.opt.step();       self.cb('after_step')
-        self.opt.zero_grad()                            # gradients become None: idle encoders stay put
-
-    def one_batch(self):
-        for self.turn in self.method.turns(self.batch): self.one_turn()
-        self.cb('after_batch')
 
     def one_epoch(self):
         set_seed(self.seed, self.epoch)
@@ -162,6 +143,30 @@ class Learner:
                 self.epoch += 1
         finally: self.cb('after_fit')
         return self
+
+# %% ../nbs/06_learner.ipynb #2d0d0df8
+sgd = partial(torch.optim.SGD, lr=.1, momentum=.9)
+
+class Learner(Loop):
+    "Trains a net with a method; everything else is callbacks"
+    def __init__(self, net:Net, dls:Loaders, method:Method, opt_func=sgd, cbs=(), seed:int=0):
+        self.net, self.dls, self.method, self.seed = net, dls, method, seed
+        self.opt, self.rule = opt_func(net.parameters()), method.rule
+        self.cbs = sorted([*cbs, *method.edits], key=lambda c: c.order)
+        self.history, self.row = [], {}
+
+    def average(self, x): return x                      # over processes, when there are several
+
+    def one_turn(self):
+        self.z    = self.net.features(self.turn)
+        self.loss = self.method.loss(self)
+        self.loss.backward();  self.cb('after_backward')
+        self.opt.step();       self.cb('after_step')
+        self.opt.zero_grad()                            # gradients become None: idle encoders stay put
+
+    def one_batch(self):
+        for self.turn in self.method.turns(self.batch): self.one_turn()
+        self.cb('after_batch')
 
     def validate(self)->'Pred':
         "Predictions on validation; a rule that has something to learn (a `fit`) learns it here"

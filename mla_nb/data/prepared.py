@@ -99,7 +99,7 @@ def verify(
             raise InputError(f"{path} is {'damaged' if path.exists() else 'missing'}; prepare the dataset again with --force.")
     return meta
 
-# %% ../../nbs/data/19_prepared.ipynb #d58da59b
+# %% ../../nbs/data/19_prepared.ipynb #8abaec87
 def _already(out, plan):
     old = json.loads((out/'dataset.json').read_text())
     differs = [k for k in plan if old.get(k) != plan[k]]
@@ -128,6 +128,7 @@ def _fill(todo, total, read, modalities, classes, workers, label):
         with ProcessPoolExecutor(workers) as pool:
             for done in [pool.submit(write_shard, *job) for job in jobs]: done.result(); bar.update()
 
+# %% ../../nbs/data/19_prepared.ipynb #661b24d6
 def _finish(part, out, plan, todo):
     import pyarrow as pa
     counts, shards = {}, {}
