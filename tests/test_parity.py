@@ -21,9 +21,11 @@ from conftest import ROOT
 from mla_nb.core import Batch
 from mla_nb.encoders.audio import excerpt, fbank, log_spectrogram, tile
 from mla_nb.fusion import entropy, entropy_rule, fixed, released_gate
-from mla_nb.heads import SharedHead, make_net
+from mla_nb.heads import ConcatHead, FilmHead, GatedHead, Net, SharedHead, SumHead, make_net
 from mla_nb.learner import Callback, Learner, Loaders, Method, Shuffle, fuse
 from mla_nb.methods.ensemble import alternating
+from mla_nb.methods.ogm import OGM, brakes, true_class
+from mla_nb.methods.qmf import QMFLoss, confidence
 from mla_nb.projection import GradProjection
 
 FIXTURES = Path(os.environ.get("MLA_FIXTURES", ROOT.parent / "shared/fixtures"))
@@ -170,6 +172,124 @@ def test_c_fixed():
         close(fuse(torch.stack([a, v, t]), fixed("published")(torch.stack([a, v, t]), everyone(torch.stack([a, v, t])))), z["fused3"])
 
 
+# d: OGM -------------------------------------------------------------------------------------------------------------
+
+class Gain(nn.Module):
+    "An 'encoder' whose only parameter is the 4-D multiplier of the fixture"
+    num_features = property(lambda self: self.gain.numel())
+    def __init__(self, n):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1, n, 1, 1, dtype=torch.double))
+    def forward(self, x): return x * self.gain.flatten()
+
+
+def ogm_case(z, M, case):
+    "A learner in the middle of a step, with raw gradients, as the fixture has it"
+    mods, pre = "avt"[:M], f"{M}m_case{case}_"
+    x = {m: z.t(f"{pre}feat_{m}") for m in mods}
+    n, y = x["a"].shape[1], z.t(f"{pre}labels").long()
+    net = Net({m: Gain(n) for m in mods}, ConcatHead(dict.fromkeys(mods, n), len(z[f"b_{M}m"])).double())
+    net.head.out.weight.data, net.head.out.bias.data = z.t(f"W_{M}m"), z.t(f"b_{M}m")
+    here = torch.ones(len(y), dtype=torch.bool)
+    batch = Batch(x, y, dict.fromkeys(mods, here), torch.arange(len(y)))
+    learn = Learner(net, Loaders([batch], [], [], Shuffle(len(y))), Method(ConcatHead))
+    learn.turn, learn.epochs = batch, 2
+    learn.z = net.features(batch)
+    learn.loss = learn.method.loss(learn)
+    learn.loss.backward()
+    return learn, pre
+
+
+@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("M", [2, 3])
+def test_d_ogm(M, case, monkeypatch):
+    z = load("d")
+    learn, pre = ogm_case(z, M, case)
+    head, y, alpha = learn.net.head, learn.turn.y, float(z["alpha"])
+    parts = {m: head.part(m, v) for m, v in learn.z.items()}
+    close(learn.net(learn.turn).detach(), z[f"{pre}out_joint"])
+    close([learn.loss.item(), *(nn.functional.cross_entropy(l, y).item() for l in parts.values())], z[f"{pre}loss"])
+    for m, l in parts.items():
+        close(l.detach(), z[f"{pre}out_{m}"])
+        close(true_class(l, y).item() * len(y), z[f"{pre}score_{m}"])
+    k = brakes({m: true_class(l.detach(), y) for m, l in parts.items()}, alpha, "released")
+    for m in parts: close(k[m], z[f"{pre}coeff_{m}"])
+    if M == 2: assert k == brakes({m: true_class(l.detach(), y) for m, l in parts.items()}, alpha)
+    raw = {m: e.gain.grad.clone() for m, e in learn.net.encs.items()}
+    edit = OGM(alpha, form="released")
+    edit.before_fit(learn)
+    edit.after_backward(learn)
+    for m, e in learn.net.encs.items():
+        close(raw[m], z[f"{pre}grad4d_raw_{m}"])
+        close(e.gain.grad, z[f"{pre}grad4d_OGM_{m}"])
+        e.gain.grad = raw[m].clone()
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)       # noise of exactly one standard deviation
+    noisy = OGM(alpha, noise=True, form="released")
+    noisy.before_fit(learn)
+    noisy.after_backward(learn)
+    for m, e in learn.net.encs.items():
+        close(e.gain.grad - z.t(f"{pre}grad4d_OGM_{m}") - 1e-8, np.broadcast_to(z[f"{pre}grad4d_std_{m}"], e.gain.shape), 1e-7)
+
+
+# e: QMF -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("branch", ["base", "m3ae", "m3ae3"])
+def test_e_qmf(branch):
+    z, n = load("e"), int(load("e")["n_data"])
+    calls, M, B, _ = z[f"{branch}_logits"].shape
+    assert (B, calls) == (int(z["batch"]), int(z["epochs"]) * n // B)
+    mods, labels = "avt"[:M], z.t(f"{branch}_labels").long()
+    loss, kept = QMFLoss("av" if branch == "base" else "m3ae"), {}
+    terms = loss.terms
+    loss.terms = lambda *a: kept.setdefault("terms", []).append(terms(*a)) or kept["terms"][-1]
+    learn = SimpleNamespace(net=SimpleNamespace(encs=dict.fromkeys(mods), head=lambda one: next(iter(one.values()))), dls=SimpleNamespace(sampler=Shuffle(n)))
+    loss.before_fit(learn)
+    for i in range(calls):
+        idx = z.t(f"{branch}_idx")[i].long()
+        logits = z.t(f"{branch}_logits")[i].clone().requires_grad_()
+        learn.z = dict(zip(mods, logits))
+        learn.turn = Batch(learn.z, labels[idx], dict.fromkeys(mods, torch.ones(B, dtype=torch.bool)), idx)
+        total = loss(learn)
+        ces, ranks = kept["terms"][-1]
+        conf = confidence(logits.detach())
+        fused = (conf[..., None] * logits.detach()).sum(0)
+        close(conf, z[f"{branch}_confidence"][i])
+        close(fused, z[f"{branch}_fused"][i])
+        close([nn.functional.cross_entropy(fused, labels[idx]).item(), *(c.item() for c in ces.values())], z[f"{branch}_ce_fused_then_each"][i])
+        close([r.item() for r in ranks.values()], z[f"{branch}_rank_loss"][i], 1e-6, 1e-6)      # its targets are float32
+        close(total.item(), z[f"{branch}_total_loss"][i], 1e-6)
+        close(torch.autograd.grad(total, logits)[0], z[f"{branch}_grad_logits"][i], 1e-6, 1e-7)
+        close(torch.stack(list(loss.history.values())), z[f"{branch}_history"][i])
+
+
+# f: joint heads -----------------------------------------------------------------------------------------------------
+
+def test_f_joint_heads():
+    z = load("f")
+    x = {m: z.t(m).double() for m in "xyz"}
+    xy, widths, C = {m: x[m] for m in "xy"}, dict.fromkeys("xy", x["x"].shape[1]), len(z["sum.fc_x.bias"])
+
+    def fill(layer, name): layer.weight.data, layer.bias.data = z.t(f"{name}.weight").double(), z.t(f"{name}.bias").double()
+    head = SumHead(widths, C).double()
+    for m in "xy": fill(head.out[m], f"sum.fc_{m}")
+    close(head(xy).detach(), z["sum.out"])
+    for name, mods in (("concat", xy), ("concat3", x)):
+        head = ConcatHead(dict.fromkeys(mods, 8), C).double()
+        fill(head.out, f"{name}.fc_out")
+        close(head(mods).detach(), z[f"{name}.out"])
+    for by, other in ("xy", "yx"):
+        film, gated = FilmHead(widths, C, by).double(), GatedHead(widths, C, by).double()
+        fill(film.film[other], f"film_{by}.fc")
+        fill(film.out, f"film_{by}.fc_out")
+        close(film(xy).detach(), z[f"film_{by}.out"])
+        fill(gated.gate, f"gated_{by}.fc_{by}")
+        fill(gated.project[other], f"gated_{by}.fc_{other}")
+        fill(gated.out, f"gated_{by}.fc_out")
+        close(gated(xy).detach(), z[f"gated_{by}.out"])
+        close(gated.gate(x[by]).detach(), z[f"gated_{by}.ret_{by}"])
+        close(gated.project[other](x[other]).detach(), z[f"gated_{by}.ret_{other}"])
+
+
 # i: features --------------------------------------------------------------------------------------------------------
 
 def check_input(z, name, w): close([w.astype(np.float64).sum(), (w.astype(np.float64)**2).sum(), w[0], w[-1]], z[name], 1e-6, 1e-6)
@@ -285,7 +405,7 @@ def test_j_alternating(projection, zero):
 
 # what is left -------------------------------------------------------------------------------------------------------
 
-LATER = {"d": "OGM", "e": "QMF", "f": "joint heads", "g": "ResNet-18 on full-size inputs", "h": "M3AE and CAV-MAE encoders", "k": "full-size checkpoints"}
+LATER = {"g": "ResNet-18 on full-size inputs", "h": "M3AE and CAV-MAE encoders", "k": "full-size checkpoints"}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -16,9 +16,9 @@ from ..core import *
 from ..heads import *
 from ..learner import *
 
-# %% ../../nbs/09_alternating.ipynb #23592c14
+# %% ../../nbs/09_alternating.ipynb #c04365e8
 def alternating(
-    order=None,     # modalities in the order of their turns, a list or 'text,audio'; None: as the dataset has them
+    order=None,     # modalities in the order of their turns, a list or 'text,audio'; 'random': a new one for every batch; None: as the dataset has them
 )->Callable:        # Batch -> turns
     "One turn per modality, with the rows that have it; modalities that nobody has are skipped"
     if isinstance(order, str): order = [m.strip() for m in order.split(',')]
@@ -26,7 +26,9 @@ def alternating(
         wrong = [m for m in order or [] if m not in b.present]
         if wrong: raise unknown('modality', wrong[0], b.present)
         for m in order or b.x: yield from turn_of(m)(b)
-    return turns
+    def shuffled(b:Batch)->Iterable[Batch]:
+        for k in torch.randperm(len(b.x)).tolist(): yield from turn_of(list(b.x)[k])(b)
+    return shuffled if order == ['random'] else turns
 
 # %% ../../nbs/09_alternating.ipynb #a9b5be58
 def mean_rule(
