@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['encoders', 'datasets', 'methods', 'rules', 'FORMS', 'COLOURS', 'InputError', 'UnknownName', 'nearest', 'unknown',
-           'Registry', 'discover', 'Samples', 'Modality', 'Splits', 'check_splits', 'take', 'to', 'Batch', 'stack',
-           'spread', 'collate', 'Ready', 'set_seed', 'write_atomic', 'check_encoder', 'check_dataset', 'colour']
+           'Registry', 'call', 'discover', 'Samples', 'Modality', 'Splits', 'check_splits', 'take', 'to', 'Batch',
+           'stack', 'spread', 'collate', 'Ready', 'set_seed', 'write_atomic', 'check_encoder', 'check_dataset',
+           'colour']
 
-# %% ../nbs/00_core.ipynb #d956c17a
-import difflib, importlib, os, pkgutil, random
+# %% ../nbs/00_core.ipynb #5fc18c00
+import difflib, importlib, inspect, os, pkgutil, random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +54,19 @@ class Registry(dict):
         return factory
 
     def __missing__(self, name): raise unknown(self.kind, name, self)
+
+# %% ../nbs/00_core.ipynb #e40bbc7d
+def call(
+    factory,        # from a registry
+    options:dict,   # by the user
+    **context,      # passed on if the factory takes it
+):
+    "Call a factory; unknown options are refused with the nearest match"
+    params = inspect.signature(factory).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in params.values()):
+        for k in options:
+            if k not in params: raise unknown(f'option of {factory.__name__}', k, params)
+    return factory(**{**{k: v for k, v in context.items() if k in params}, **options})
 
 # %% ../nbs/00_core.ipynb #d2cae6ca
 encoders, datasets, methods, rules = map(Registry, ('encoder', 'dataset', 'method', 'rule'))

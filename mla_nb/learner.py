@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['sgd', 'joint_turn', 'turn_of', 'ce_loss', 'Method', 'concat', 'sum_of_logits', 'film', 'gated', 'unimodal', 'Shuffle',
            'Loaders', 'loaders', 'nbytes', 'Callback', 'Loop', 'Learner', 'Pred', 'fuse', 'predict', 'scores',
-           'predictions', 'Recorder', 'Progress', 'Schedule', 'Diverged', 'StopOnNaN', 'Accelerate', 'plot_learning',
-           'check_method']
+           'predictions', 'peak_memory', 'Recorder', 'Progress', 'Schedule', 'Diverged', 'StopOnNaN', 'Accelerate',
+           'plot_learning', 'check_method']
 
-# %% ../nbs/06_learner.ipynb #257f51ed
-import math, time
+# %% ../nbs/06_learner.ipynb #bd25aa0b
+import math, re, time
+from pathlib import Path
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -267,15 +268,34 @@ def predictions(
     "Predict a whole split"
     return Pred.cat([predict(net, method, b) for b in dl]).cpu()
 
-# %% ../nbs/06_learner.ipynb #837d1736
+# %% ../nbs/06_learner.ipynb #f9fc2c2d
+def peak_memory(
+    device,             # of the net
+    restart=False,      # forget the peak so far
+):                      # MiB: of the GPU, or of this process; None where it cannot be told
+    "Highest memory use since the last restart"
+    if device.type == 'cuda':
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+        if restart: torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    try:                                    # Linux keeps a high-water mark, and forgets it when told to
+        peak = re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())
+        if restart: Path('/proc/self/clear_refs').write_text('5')
+        return int(peak[1]) / 2**10 if peak else None
+    except OSError: return None
+
+# %% ../nbs/06_learner.ipynb #4e8fbed0
 class Recorder(Callback):
-    "Per epoch: training loss per turn, gradient norm per encoder, validation scores, seconds"
+    "Per epoch: training loss per turn, gradient norm per encoder, validation scores, seconds, peak memory"
     order = 10
     def __init__(self, every:int=8): self.every = every     # batches between gradient norms
     def before_fit(self, learn):
         self.params = {m: list(e.parameters()) for m, e in learn.net.encs.items()}
+        self.device = next(learn.net.parameters()).device
         self.reset()
-    def reset(self): self.loss, self.grad, self.start = {}, {}, time.perf_counter()
+    def reset(self):
+        self.loss, self.grad, self.start = {}, {}, time.perf_counter()
+        peak_memory(self.device, restart=True)
 
     def after_backward(self, learn):
         if learn.step % self.every: return
@@ -288,7 +308,7 @@ class Recorder(Callback):
 
     def after_epoch(self, learn):
         seconds = time.perf_counter() - self.start
-        learn.row.update(lr=learn.opt.param_groups[0]['lr'], seconds=seconds,
+        learn.row.update(lr=learn.opt.param_groups[0]['lr'], seconds=seconds, memory=peak_memory(self.device),
                          train=dict(loss={k: sum(float(v) * n for v, n in rows) / sum(n for _, n in rows) for k, rows in self.loss.items()},
                                     grad={m: torch.stack(v).mean().item() for m, v in self.grad.items()}),
                          valid=scores(learn.validate()))

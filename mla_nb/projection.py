@@ -44,19 +44,20 @@ def epoch_lambda(
     "λ = 0.1 ** (step/steps + 1), the schedule of the released code"
     return .1 ** (step / steps + 1)
 
-# %% ../nbs/10_projection.ipynb #cc5390bb
+# %% ../nbs/10_projection.ipynb #acea8db9
 class GradProjection(Callback):
     "Project the shared head's weight gradient away from earlier turns (MLA, arXiv 2311.10707, section 3.2); biases are left alone"
     def __init__(self,
         denominator:str='scalar',       # or 'elementwise'
         norm:bool=False,                # normalise P after each update
         when:str='project_first',       # or 'update_first': is a turn kept away from its own features?
+        rescale:bool=False,             # give the projected gradient the raw one's length: a control, not a method
         lam:Callable=epoch_lambda,      # (step, steps) -> λ
         skip:int=0,                     # turns at the very start that are left alone (the released code leaves one)
     ):
         for name, v, allowed in (('denominator', denominator, ('scalar', 'elementwise')), ('when', when, ('project_first', 'update_first'))):
             if v not in allowed: raise unknown(name, v, allowed)
-        self.denominator, self.norm, self.when, self.lam, self.skip = denominator, norm, when, lam, skip
+        self.denominator, self.norm, self.when, self.rescale, self.lam, self.skip = denominator, norm, when, rescale, lam, skip
         self.P, self.turns = None, 0
 
     def before_fit(self, learn):
@@ -75,7 +76,8 @@ class GradProjection(Callback):
         self.turns += 1
         if self.turns <= self.skip: return
         if self.when == 'update_first': self.update(learn)
-        W.grad = project(W.grad, self.P)
+        raw, W.grad = W.grad, project(W.grad, self.P)
+        if self.rescale: W.grad.mul_(raw.norm() / W.grad.norm().clamp(min=1e-12))
         if self.when == 'project_first': self.update(learn)
 
     def state_dict(self): return dict(P=self.P, turns=tensor(self.turns))
@@ -113,9 +115,12 @@ def check_projection(
     twin.load_state_dict(edit.state_dict())
     assert twin.P.equal(edit.P) and twin.turns == edit.turns
 
-# %% ../nbs/10_projection.ipynb #3b0c7c42
+# %% ../nbs/10_projection.ipynb #d80acc9e
 class ScaleHead(Callback):
-    "The control of section 10.8: multiply the head's gradient by a constant"
+    "The control of section 10.8: multiply the head's gradient by a constant; 0 freezes the head as it is"
     def __init__(self, scale:float=.1): self.scale = scale
+    def before_fit(self, learn):
+        if not self.scale: learn.net.head.requires_grad_(False)     # weight decay would move it otherwise
     def after_backward(self, learn):
-        for p in learn.net.head.parameters(): p.grad.mul_(self.scale)
+        for p in learn.net.head.parameters():
+            if p.grad is not None: p.grad.mul_(self.scale)

@@ -1,0 +1,80 @@
+"""The runs behind the results tables: python results/study.py FSDD.zip [jobs]
+
+Tunes every method's learning rate on validation, makes every run that is not there yet below runs/study, and writes
+results/sweep.csv (one row per rate tried) and results/runs.csv (one row per run, with the command that makes it).
+"""
+import csv
+import sys
+from itertools import permutations
+from pathlib import Path
+
+import torch
+
+from mla_nb.data.digits import prepare_digits, read_archive
+from mla_nb.experiments import grid, load_pred, plan, read_history, tune
+from mla_nb.fusion import make_rule, released_gate
+from mla_nb.learner import fuse
+
+HERE, ROOT = Path(__file__).parent, "runs/study"
+DATA = {"lazy": "synthetic(preset=lazy)", "balanced": "synthetic(preset=balanced)",
+        "digits, known voices": "digits(split=official,image_noise=.5)", "digits, new voices": "digits(split=speaker,image_noise=.5)"}
+METHODS = "concat,sum,film,gated,ogm,ogm_ge,qmf,unimodal,ensemble,mla_fixed,mla,mla_released,mla_frozen"
+VARIANTS = ["mla(projection=False)", "mla(norm=True)", "mla(when=update_first)", "mla(projection=False,head_step=.1)", "mla(rescale=True)"]
+LRS = [.03, .1, .3]
+SEEDS = range(5)
+
+
+def orders(mods):
+    "Every order of turns but the dataset's own, and a new one for every batch"
+    return [f"mla(order={','.join(o)})" for o in permutations(mods) if list(o) != mods] + ["mla(order=random)"]
+
+
+def refused(pred):
+    "Accuracy of the same trained net under other fusion rules"
+    out = {}
+    for name in ("mean", "entropy", "energy"): out[name] = fuse(pred.logits, make_rule(name)(pred.logits, pred.present))
+    for size in (64, 1):
+        parts = zip(pred.logits.split(size, 1), pred.present.split(size, 1))
+        out[f"gate of {size}"] = torch.cat([fuse(l, released_gate(l, p)) for l, p in parts])
+    return {k: round((v.argmax(1) == pred.y).double().mean().item(), 4) for k, v in out.items()}
+
+
+def row(data, cfg, r):
+    args = ",".join(f"{k}={v}" for k, v in cfg.method_args.items())
+    options = ",".join(f"{k}={v}" for k, v in cfg.dataset_args.items())
+    command = f"mla_run --dataset {cfg.dataset} --dataset_args '{options}' --method {cfg.method}" + (f" --method_args '{args}'" if args else "") + f" --lr {cfg.lr} --seed {cfg.seed}"
+    history, pred = read_history(cfg.folder), load_pred(cfg.folder)
+    return dict(data=data, method=cfg.method, args=args, lr=cfg.lr, seed=cfg.seed, **{k: round(v, 4) for k, v in r["test"]["accuracy"].items()},
+                **(refused(pred) if len(pred.mods) > 1 else {}), best_epoch=r["best_epoch"], epoch_seconds=round(r["seconds"] / len(history), 3),
+                epoch_memory=round(max(h["memory"] or 0 for h in history)), command=command)
+
+
+def write(name, rows):
+    columns = list(dict.fromkeys(k for r in rows for k in r if k != "command")) + ["command"]
+    with (HERE / name).open("w", newline="") as f:
+        out = csv.DictWriter(f, [c for c in columns if any(c in r for r in rows)])
+        out.writeheader()
+        out.writerows(rows)
+
+
+def main(archive, jobs=2):
+    recordings = read_archive(archive)
+    for split in ("official", "speaker"): prepare_digits(recordings, split=split, image_noise=.5)
+    how, rows, sweep = dict(jobs=int(jobs)), [], []
+    for data, name in DATA.items():
+        runs, tried = tune(plan(name, METHODS, SEEDS, root=ROOT), LRS, label=f"sweep {data}", **how)
+        sweep += [dict(data=data, method=t["method"], args=",".join(f"{k}={v}" for k, v in t["method_args"].items()), lr=t["lr"], valid=round(t["valid"], 4), chosen=int(t["chosen"])) for t in tried]
+        lr = next(c.lr for c in runs if c.method == "mla")
+        mods = ["audio", "visual", "text"] if "synthetic" in name else ["audio", "image"]
+        runs += plan(name, VARIANTS + orders(mods), SEEDS, root=ROOT, lr=lr)
+        found = grid(runs, label=data, **how)
+        bad = [r for r in found if "error" in r]
+        rows += [row(data, c, r) for c, r in zip(runs, found) if "error" not in r]
+        write("sweep.csv", sweep)
+        write("runs.csv", rows)
+        if bad: print(f"{data}: {len(bad)} runs failed: {bad}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2: sys.exit(__doc__)
+    main(*sys.argv[1:])
