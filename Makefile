@@ -70,7 +70,7 @@ test: $(READY) ## every test, every chapter, README in step
 	$(BIN)/python tools/nbs.py readme --check
 
 lab: $(READY) ## JupyterLab on the chapters
-	$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. nbs/index.ipynb
 
 chapter: $(READY) ## execute chapters in place: make chapter N=10
 	$(if $(N),$(BIN)/python tools/nbs.py run $(N),@echo "which one? make chapter N=10"; exit 1)

@@ -33,18 +33,24 @@ def main(argv=None):
     p.add_argument("--force", action="store_true", help="replace a dataset that was prepared differently")
     a = p.parse_args(argv)
     try:
-        if a.root: recordings = read_root(a.root)
-        elif a.archive: recordings = read_archive(a.archive)
+        if a.miniature and a.data == "data" and not a.out:
+            raise InputError("--miniature: give a folder of its own with --data DIR, so that tones are never taken for recordings.")
+        if a.root is not None: recordings = read_root(a.root)
+        elif a.archive is not None: recordings = read_archive(a.archive)
         else:
             cache = Path(a.data) / "raw"
             cache.mkdir(parents=True, exist_ok=True)
             recordings = read_archive(download(cache / "fsdd.zip") if a.download else miniature(cache / "tones.zip"))
-        if not a.miniature and content_sha(recordings) != CONTENT:
-            print(f"note: {len(recordings)} recordings, not the 3,000 that were published or not the same; dataset.json says so")
         out = prepare_digits(recordings, a.data, a.out, a.force, split=a.split, snr=a.snr, image_noise=a.image_noise,
                              occlusion=a.occlusion, n_train=a.n_train, pairing=a.pairing)
     except InputError as e:
         sys.exit(f"prepare_digits: {e}")
+    except OSError as e:
+        sys.exit(f"prepare_digits: cannot read or write {e.filename}: {e.strerror}; choose another --data or --out, or make room there")
+    except KeyboardInterrupt:
+        sys.exit("prepare_digits: stopped; the same command goes on where it stopped")
+    if not a.miniature and content_sha(recordings) != CONTENT:
+        print(f"note: these are {len(recordings)} recordings that differ from the 3,000 published ones; dataset.json says so")
     print(f"ready: {out}")
 
 

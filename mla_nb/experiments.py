@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'Checked', 'Run', 'parse_args', 'make_dataset', 'make_method', 'encoder_names', 'fits', 'load_weights',
-           'is_main', 'Saver', 'TensorBoard', 'make_encoders', 'make_opt', 'environment', 'claim', 'build', 'run',
-           'save_pred', 'load_pred', 'load_run', 'read_history', 'plot_losses', 'plot_weights', 'plot_confusion',
-           'show_samples', 'results', 'table', 'split_list', 'with_options', 'seed_list', 'plan', 'attempt', 'grid',
-           'tune', 'parse', 'main', 'table_main', 'grid_main']
+           'is_main', 'Saver', 'TensorBoard', 'make_encoders', 'make_opt', 'environment', 'data_checksum', 'claim',
+           'build', 'run', 'save_pred', 'load_pred', 'load_run', 'read_history', 'plot_losses', 'plot_weights',
+           'plot_confusion', 'show_samples', 'results', 'table', 'split_list', 'with_options', 'seed_list', 'plan',
+           'attempt', 'grid', 'tune', 'parse', 'main', 'table_main', 'grid_main']
 
-# %% ../nbs/15_experiments.ipynb #3fc0ca23
-import argparse, ast, hashlib, inspect, json, math, os, pickle, platform, re, shutil, subprocess, sys
+# %% ../nbs/15_experiments.ipynb #548d365c
+import argparse, ast, hashlib, json, math, os, platform, re, shutil, subprocess, sys, warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -82,12 +82,13 @@ class Run(Checked):
     @property
     def folder(self)->Path: return Path(self.root)/(self.name or self.id)
 
-# %% ../nbs/15_experiments.ipynb #d821c06d
+# %% ../nbs/15_experiments.ipynb #2bc1b4cc
 LIMITS = [('epochs batch_size', lambda v: v >= 1, 'a whole number of at least 1'),
           ('lr', lambda v: 0 < v < math.inf, 'a number above 0'),
           ('momentum', lambda v: 0 <= v < 1, 'a number from 0 to below 1'),
           ('weight_decay', lambda v: 0 <= v < math.inf, 'a number of at least 0'),
-          ('seed workers threads', lambda v: v >= 0, 'a whole number of at least 0'),
+          ('seed', lambda v: 0 <= v < 2**31, 'a whole number from 0 to 2147483647'),
+          ('workers threads', lambda v: 0 <= v <= 256, 'a whole number from 0 to 256'),
           ('optimizer', lambda v: v in ('sgd', 'adamw'), "'sgd' or 'adamw'"),
           ('schedule', lambda v: v in Schedule.shapes, f"one of {', '.join(Schedule.shapes)}"),
           ('precision', lambda v: v in ('no', 'bf16'), "'no' or 'bf16'"),
@@ -101,9 +102,10 @@ def _typed(f, v):
         if kind == 'dict': return parse_args(v)
         if kind == 'bool': return dict(true=True, false=False)[str(v).lower()]
         if kind == 'str' and not isinstance(v, str): raise ValueError
+        if kind == 'int' and isinstance(v, str) and re.fullmatch(r'[+-]?\d+', v.strip()): v = int(v)
         if kind == 'int' and (isinstance(v, bool) or float(v) != int(float(v))): raise ValueError
         if kind == 'float' and isinstance(v, bool): raise ValueError
-        return dict(int=lambda v: int(float(v)), float=float, str=str)[kind](v)
+        return dict(int=lambda v: v if isinstance(v, int) else int(float(v)), float=float, str=str)[kind](v)
     except (ValueError, TypeError, KeyError, OverflowError):
         if isinstance(v, str) and kind == 'dict': raise
         noun = dict(int='a whole number', float='a number', bool='true or false', str='text', dict='options')[kind]
@@ -188,14 +190,15 @@ def is_main()->bool:
     "Is this the process that writes files?"
     return int(os.environ.get('RANK', 0)) == 0
 
-# %% ../nbs/15_experiments.ipynb #03a692f1
+# %% ../nbs/15_experiments.ipynb #77803a40
 class Saver(Callback):
     "Keep the best epoch's weights and the state to resume from; resume if there is any"
-    order = 20
+    order, holds = 20, {'net', 'opt', 'epoch', 'best', 'history', 'callbacks'}
     def __init__(self, folder): self.folder, self.best = Path(folder), None     # best: [accuracy, -loss, epoch]
 
     def before_fit(self, learn):
         if not (self.folder/'last.pt').exists(): return
+        for stale in self.folder.glob('.*.part'): stale.unlink()        # of a process that was killed while writing
         state = self.read(next(learn.net.parameters()).device)
         fits(learn.net, state['net'], self.folder/'last.pt')
         learn.net.load_state_dict(state['net']); learn.opt.load_state_dict(state['opt'])
@@ -205,9 +208,13 @@ class Saver(Callback):
 
     def read(self, device):
         path = self.folder/'last.pt'
-        try: return torch.load(path, map_location=device, weights_only=True)        # tensors and plain containers, no code
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-            raise InputError(f"{path} cannot be read (damaged, or not a checkpoint of ours: {str(e).splitlines()[0]}); remove it to begin this run again.") from e
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)            # tensors and plain containers, no code
+            odd = not self.holds <= set(state)
+        except Exception as e: odd = e                                                  # a damaged file can fail in any way
+        if odd: raise InputError(f"{path} is damaged, or not a checkpoint of ours{f' ({type(odd).__name__})' if odd is not True else ''}; remove the folder {self.folder} to begin this run again.")
+        if not (self.folder/'model.safetensors').exists(): raise InputError(f"{self.folder}: model.safetensors, the best epoch so far, is gone; remove the folder to begin this run again.")
+        return state
 
     def after_epoch(self, learn):
         from safetensors.torch import save_file
@@ -222,7 +229,7 @@ class Saver(Callback):
         state = dict(net=learn.net.state_dict(), opt=learn.opt.state_dict(), epoch=learn.epoch, best=self.best,
                      history=json.dumps(rows), callbacks=[c.state_dict() for c in learn.cbs])
         write_atomic(self.folder/'last.pt', lambda part: torch.save(state, part))
-        write_atomic(self.folder/'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
+        write_atomic(self.folder/'metrics.jsonl', ''.join(json.dumps(_plain(r)) + '\n' for r in rows))
 
 # %% ../nbs/15_experiments.ipynb #bedf7bda
 class TensorBoard(Callback):
@@ -238,14 +245,18 @@ class TensorBoard(Callback):
                 for name, v in values.items(): self.out.add_scalar(f'{what}/{part}/{name}', v, learn.epoch)
     def after_fit(self, learn): self.out and self.out.close()
 
-# %% ../nbs/15_experiments.ipynb #ad0a63a9
+# %% ../nbs/15_experiments.ipynb #3a29ab93
 def make_encoders(
     names:dict,     # modality -> name in the registry
     s:Splits,       # whose training items fit the preps
     preps=None,     # modality -> stored fields of its prep, instead
 )->dict:
     "The encoders of a run"
-    return {m: encoders[name](s.modalities[m], None if preps else s.train.column(m), prep=(preps or {}).get(m)) for m, name in names.items()}
+    def items(m):
+        found = s.train.column(m)
+        if not len(found): raise InputError(f"dataset {s.name!r}: no training sample has {m}; leave that modality out.")
+        return found
+    return {m: encoders[name](s.modalities[m], None if preps else items(m), prep=(preps or {}).get(m)) for m, name in names.items()}
 
 def make_opt(cfg:Run):
     "The optimiser of a run, to be called with parameters"
@@ -263,20 +274,31 @@ def environment()->dict:
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', threads=torch.get_num_threads(),
                 commit=git.stdout.strip() if git and git.returncode == 0 else None)
 
-# %% ../nbs/15_experiments.ipynb #cd199e1c
+# %% ../nbs/15_experiments.ipynb #2f4ff743
+def data_checksum(
+    cfg:Run,
+)->str|None:    # None: made on the fly from its options, or not there
+    "Which version of a prepared dataset is this?"
+    where = getattr(datasets[cfg.dataset], 'folder', None)
+    meta = where and where(cfg.data, **cfg.dataset_args)/'dataset.json'
+    return read_json(meta, ['sha256'], 'prepare the dataset again with --force')['sha256'] if meta and meta.exists() else None
+
 def claim(
     cfg:Run,
 )->dict|None:   # the result, if this very run is already finished
     "Is this run's folder free, ours, or somebody else's?"
-    config, done = cfg.folder/'config.json', cfg.folder/'result.json'
+    config, done, todo = cfg.folder/'config.json', cfg.folder/'result.json', f'remove the folder {cfg.folder} to make this run again'
     if not config.exists():
         if cfg.folder.exists() and any(not p.name.startswith('.') for p in cfg.folder.iterdir()):
             raise InputError(f"{cfg.folder} holds files but no config.json, so it is not the folder of a run; choose another name or root.")
         return None
-    theirs = json.loads(config.read_text())['run']
+    about = read_json(config, ['run', 'data'], todo)
+    theirs = about['run']
     odd = [k for k, v in json.loads(json.dumps(cfg.what)).items() if theirs.get(k) != v]
     if odd: raise InputError(f"{cfg.folder} belongs to another configuration: {odd[0]} is {theirs.get(odd[0])!r} there and {cfg.what[odd[0]]!r} here; choose another name, or remove that folder.")
-    return json.loads(done.read_text()) if done.exists() else None
+    if about['data'] and (now := data_checksum(cfg)) and now != about['data']:
+        raise InputError(f"{cfg.folder} was trained on another version of the dataset {cfg.dataset!r} than is in {cfg.data} now; choose another name or root, or {todo}.")
+    return read_json(done, ['id', 'run', 'test', 'valid'], todo) if done.exists() else None
 
 # %% ../nbs/15_experiments.ipynb #249205f8
 def build(
@@ -301,7 +323,7 @@ def _callbacks(cfg):
     if not is_main(): return both
     return [*both, TensorBoard(cfg.folder/'tensorboard'), *([Progress(f'{cfg.dataset} {cfg.method} s{cfg.seed}')] if cfg.progress else [])]
 
-# %% ../nbs/15_experiments.ipynb #22b597df
+# %% ../nbs/15_experiments.ipynb #19fd66fd
 def run(
     cfg:Run,
     root=None,      # folder of runs, instead of `cfg.root`
@@ -311,24 +333,36 @@ def run(
     make_method(cfg)                                                    # wrong names are the cheapest to find
     if done := claim(cfg): return done
     if cfg.threads: torch.set_num_threads(cfg.threads)
-    stored = cfg.folder/'preps.json'
+    stored, was_there = cfg.folder/'preps.json', cfg.folder.exists()
     s = make_dataset(cfg)
-    learn = build(cfg, s, json.loads(stored.read_text()) if stored.exists() else None)
+    learn = build(cfg, s, read_json(stored, list(s.modalities) if not make_method(cfg).modalities else [], f'remove the folder {cfg.folder} to make this run again') if stored.exists() else None)
     try:
         if is_main(): _describe(cfg, s, learn)
         learn.fit(cfg.epochs)
         if is_main(): _finish(cfg, s, learn)
-    except InputError:
-        if is_main() and not (cfg.folder/'last.pt').exists(): shutil.rmtree(cfg.folder, ignore_errors=True)     # nothing half-written
+    except Exception:
+        if is_main() and not (cfg.folder/'last.pt').exists(): _forget(cfg.folder, was_there)        # nothing half-written
         raise
     if torch.distributed.is_initialized(): torch.distributed.barrier()
     return claim(cfg)
 
-# %% ../nbs/15_experiments.ipynb #046db505
+# %% ../nbs/15_experiments.ipynb #b1f1ccf9
+def _forget(folder, was_there):
+    "Remove what a run wrote before its first checkpoint, and nothing else"
+    if not was_there: return shutil.rmtree(folder, ignore_errors=True)
+    for name in ('config.json', 'preps.json'): (folder/name).unlink(missing_ok=True)
+    shutil.rmtree(folder/'tensorboard', ignore_errors=True)
+
+def _plain(x):
+    "Numbers that JSON has no word for become null"
+    if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)): return [_plain(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
 def _describe(cfg, s, learn):
     "config.json and preps.json: what is needed to build the net again without the data"
     mods = {m: s.modalities[m] for m in learn.net.encs}
-    about = dict(run=cfg.what, classes=s.classes, modalities={m: asdict(v) for m, v in mods.items()}, encoders=encoder_names(cfg.encoder, mods), dataset=s.info)
+    about = dict(run=cfg.what, data=data_checksum(cfg), classes=s.classes, modalities={m: asdict(v) for m, v in mods.items()}, encoders=encoder_names(cfg.encoder, mods), dataset=s.info)
     cfg.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(cfg.folder/'config.json', json.dumps(about, indent=1))
     write_atomic(cfg.folder/'preps.json', json.dumps({m: asdict(e.prep) for m, e in learn.net.encs.items()}))
@@ -343,7 +377,7 @@ def _finish(cfg, s, learn):
     out = dict(id=cfg.folder.name, run=cfg.what, best_epoch=best + 1, valid=learn.history[best]['valid'], test=scores(p), n_test=len(p.y),
                bayes=s.bayes and {**{m: s.bayes[m,] for m in mods}, 'fused': s.bayes[tuple(mods)]}, weights=getattr(learn.method.rule, 'weights', None),
                seconds=sum(r['seconds'] for r in learn.history), params=sum(q.numel() for q in learn.net.parameters()), environment=environment())
-    write_atomic(cfg.folder/'result.json', json.dumps(out, indent=1))
+    write_atomic(cfg.folder/'result.json', json.dumps(_plain(out), indent=1))
 
 # %% ../nbs/15_experiments.ipynb #bb305d60
 def save_pred(p:Pred, path):
@@ -360,14 +394,14 @@ def load_pred(path)->Pred:
         x = {k: f.get_tensor(k) for k in f.keys()}
         return Pred(f.metadata()['mods'].split(','), **{'weights': None, **x})
 
-# %% ../nbs/15_experiments.ipynb #e72e75b4
+# %% ../nbs/15_experiments.ipynb #13b786e6
 def load_run(
     folder,         # of a finished run
 )->tuple:           # (Net in eval mode, Method, what config.json says)
     "The trained net of a run"
     folder = Path(folder)
     if not (folder/'result.json').exists(): raise InputError(f"{folder} is not the folder of a finished run; it needs config.json, preps.json, model.safetensors and result.json.")
-    about, preps, result = (json.loads((folder/f'{n}.json').read_text()) for n in ('config', 'preps', 'result'))
+    about, preps, result = (read_json(folder/f'{n}.json', todo='give the folder of another run') for n in ('config', 'preps', 'result'))
     discover()
     encs = {m: encoders[name](Modality(**about['modalities'][m]), prep=preps[m]) for m, name in about['encoders'].items()}
     method = make_method(Run(**about['run']))
@@ -454,12 +488,16 @@ def show_samples(
     fig.tight_layout()
     return rows
 
-# %% ../nbs/15_experiments.ipynb #e88ada8c
+# %% ../nbs/15_experiments.ipynb #5303387d
 def results(
     root='runs',    # folder of runs
 )->list[dict]:      # what their result.json hold
-    "All finished runs below a folder"
-    return [json.loads(f.read_text()) for f in sorted(Path(root).rglob('result.json'))]
+    "All finished runs below a folder; a damaged one is left out, with a warning"
+    found = []
+    for f in sorted(Path(root).rglob('result.json')):
+        try: found.append(read_json(f, ['id', 'run', 'test', 'valid', 'bayes'], 'left out'))
+        except InputError as e: warnings.warn(str(e))
+    return found
 
 def _variant(r):
     "What a row of the table stands for: everything but the seed"
@@ -608,7 +646,7 @@ def tune(
             for k, c in groups.items() for lr in lrs]
     return [replace(c, lr=best[key(c)]) for c in runs], rows
 
-# %% ../nbs/15_experiments.ipynb #2646056d
+# %% ../nbs/15_experiments.ipynb #dff46845
 def parse(
     argv,           # e.g. ['--method', 'mla']
     every=True,     # False: only what was given, as a dict
@@ -635,6 +673,7 @@ def main(argv=None):
         r = run(parse(sys.argv[1:] if argv is None else argv))
         if is_main(): print(table([r]) + f"\n\nbest epoch {r['best_epoch']}, {r['seconds']:.0f} s of training")
     except InputError as e: sys.exit(f'mla_run: {e}')
+    except OSError as e: sys.exit(f'mla_run: cannot read or write {e.filename}: {e.strerror}; choose another --root or --data, or make room there.')
     except KeyboardInterrupt: sys.exit('mla_run: stopped; the same command goes on where it stopped')
 
 def table_main(argv=None):
@@ -642,10 +681,11 @@ def table_main(argv=None):
     p = argparse.ArgumentParser('mla_table', description='Test accuracy of all runs below a folder, as a Markdown table.')
     p.add_argument('root', nargs='?', default='runs', help='folder of runs (default: runs)')
     root = p.parse_args(argv).root
+    warnings.showwarning = lambda message, *_, **__: print(f'mla_table: {message}', file=sys.stderr)
     if not results(root): sys.exit(f'mla_table: no finished run below {root}; make one with mla_run, or name another folder.')
     print(table(root))
 
-# %% ../nbs/15_experiments.ipynb #933eee23
+# %% ../nbs/15_experiments.ipynb #68b0dcef
 def _grid_parser():
     p = argparse.ArgumentParser('mla_grid', description='Run datasets x methods x seeds; what is done is not done again. Every flag of mla_run holds for all runs.', allow_abbrev=False)
     p.add_argument('--dataset', default='synthetic', help="e.g. 'digits(split=speaker),synthetic' (default: synthetic)")
@@ -671,6 +711,7 @@ def grid_main(argv=None):
             write_atomic(Path(runs[0].root)/'sweep.json', json.dumps(sweep, indent=1))
         found = grid(runs, **how)
     except InputError as e: sys.exit(f'mla_grid: {e}')
+    except OSError as e: sys.exit(f'mla_grid: cannot read or write {e.filename}: {e.strerror}; choose another --root or --data, or make room there.')
     except KeyboardInterrupt: sys.exit('mla_grid: stopped; the same command goes on where it stopped')
     good, bad = [r for r in found if 'error' not in r], [r for r in found if 'error' in r]
     if good: print(table(good))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sgd', 'joint_turn', 'turn_of', 'ce_loss', 'Method', 'concat', 'sum_of_logits', 'film', 'gated', 'unimodal', 'Shuffle',
            'Loaders', 'loaders', 'nbytes', 'Callback', 'Loop', 'Learner', 'Pred', 'fuse', 'predict', 'scores',
-           'predictions', 'peak_memory', 'Recorder', 'Progress', 'Schedule', 'Diverged', 'StopOnNaN', 'Accelerate',
+           'predictions', 'Diverged', 'peak_memory', 'Recorder', 'Progress', 'Schedule', 'StopOnNaN', 'Accelerate',
            'plot_learning', 'check_method']
 
 # %% ../nbs/06_learner.ipynb #bd25aa0b
@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader, Sampler
 from .core import *
 from .heads import *
 
-# %% ../nbs/06_learner.ipynb #10fc45d1
+# %% ../nbs/06_learner.ipynb #1c180c7e
 def joint_turn(b:Batch)->Iterable[Batch]:
-    "One turn per batch, all modalities together"
-    yield b
+    "One turn per batch, all modalities together; rows that have none of them say nothing"
+    t = b.only(b.x)
+    if len(t): yield t
 
 def turn_of(*mods)->Callable:
     "Turns of these modalities only: the rows that have any of them, if there are such rows"
@@ -165,12 +166,14 @@ class Loop:
         finally: self.cb('after_fit')
         return self
 
-# %% ../nbs/06_learner.ipynb #2d0d0df8
+# %% ../nbs/06_learner.ipynb #6c2b5e1a
 sgd = partial(torch.optim.SGD, lr=.1, momentum=.9)
 
 class Learner(Loop):
     "Trains a net with a method; everything else is callbacks"
     def __init__(self, net:Net, dls:Loaders, method:Method, opt_func=sgd, cbs=(), seed:int=0):
+        for m in method.modalities or ():
+            if m not in net.encs: raise unknown('modality', m, net.encs)
         self.net, self.dls, self.method, self.seed = net, dls, method, seed
         self.opt, self.rule = opt_func(net.parameters()), method.rule
         self.cbs = sorted([*cbs, *method.edits], key=lambda c: c.order)
@@ -268,7 +271,10 @@ def predictions(
     "Predict a whole split"
     return Pred.cat([predict(net, method, b) for b in dl]).cpu()
 
-# %% ../nbs/06_learner.ipynb #f9fc2c2d
+# %% ../nbs/06_learner.ipynb #25e24fd9
+class Diverged(InputError):
+    "Training broke down: the loss is not finite"
+
 def peak_memory(
     device,             # of the net
     restart=False,      # forget the peak so far
@@ -284,7 +290,7 @@ def peak_memory(
         return int(peak[1]) / 2**10 if peak else None
     except OSError: return None
 
-# %% ../nbs/06_learner.ipynb #4e8fbed0
+# %% ../nbs/06_learner.ipynb #a77c44c9
 class Recorder(Callback):
     "Per epoch: training loss per turn, gradient norm per encoder, validation scores, seconds, peak memory"
     order = 10
@@ -307,11 +313,13 @@ class Recorder(Callback):
         self.loss.setdefault('+'.join(learn.turn.x), []).append((learn.loss.detach(), len(learn.turn)))
 
     def after_epoch(self, learn):
-        seconds = time.perf_counter() - self.start
+        seconds, p = time.perf_counter() - self.start, learn.validate()
+        if not p.logits.isfinite().all():
+            raise Diverged(f"after epoch {learn.epoch + 1} the answers are not finite; try a learning rate below {learn.opt.param_groups[0]['lr']:g}.")
         learn.row.update(lr=learn.opt.param_groups[0]['lr'], seconds=seconds, memory=peak_memory(self.device),
                          train=dict(loss={k: sum(float(v) * n for v, n in rows) / sum(n for _, n in rows) for k, rows in self.loss.items()},
                                     grad={m: torch.stack(v).mean().item() for m, v in self.grad.items()}),
-                         valid=scores(learn.validate()))
+                         valid=scores(p))
         self.reset()
 
 # %% ../nbs/06_learner.ipynb #35b6e4c2
@@ -344,10 +352,7 @@ class Schedule(Callback):
     def set(self, learn, epoch):
         for g, lr in zip(learn.opt.param_groups, self.start): g['lr'] = lr * self.shape(min(1., epoch / learn.epochs))
 
-# %% ../nbs/06_learner.ipynb #df89f67d
-class Diverged(InputError):
-    "Training broke down: the loss is not finite"
-
+# %% ../nbs/06_learner.ipynb #30527696
 class StopOnNaN(Callback):
     "Stop before a step with a loss that is not finite"
     order = -5

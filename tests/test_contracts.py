@@ -2,10 +2,10 @@
 import pytest
 import torch
 
-from mla_nb.core import Modality, check_dataset, check_encoder, datasets, discover, encoders, methods, rules
+from mla_nb.core import InputError, Modality, check_dataset, check_encoder, datasets, discover, encoders, methods, rules
 from mla_nb.data.synthetic import PRESETS, faces, sentences, synthetic, voices
 from mla_nb.fusion import check_rule, make_rule
-from mla_nb.heads import Head, check_head
+from mla_nb.heads import Conditioned, Head, check_head
 from mla_nb.learner import check_method
 from mla_nb.projection import check_projection
 
@@ -19,14 +19,25 @@ def subclasses(cls): return {s for c in cls.__subclasses__() for s in (c, *subcl
 def test_rule(name): check_rule(make_rule(name))
 
 
-@pytest.mark.parametrize("head", sorted((h for h in subclasses(Head) if h.__module__.startswith("mla_nb")), key=lambda h: h.__name__), ids=lambda h: h.__name__)
+HEADS = sorted((h for h in subclasses(Head) - {Conditioned} if h.__module__.startswith("mla_nb")), key=lambda h: h.__name__)
+NEED_TWO = {"film", "gated"}        # they let one modality act on the others
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda h: h.__name__)
 def test_head(head):
-    for mods in (("audio",), ("audio", "visual"), ("audio", "visual", "text"), tuple("abcd")): check_head(head, mods)
+    for mods in (("audio", "visual"), ("audio", "visual", "text"), tuple("abcd")): check_head(head, mods)
+    if not issubclass(head, Conditioned): check_head(head, ("audio",))
+
+
+@pytest.mark.parametrize("name", sorted(NEED_TWO))
+def test_one_modality_cannot_be_joined(name):
+    with pytest.raises(InputError, match="joins two or more modalities; there is only"): check_method(methods[name], ("audio",))
 
 
 @pytest.mark.parametrize("mods", [("audio",), ("audio", "visual"), ("audio", "video", "text"), ("audio", "b", "c", "d")], ids=len)
 @pytest.mark.parametrize("name", sorted(methods))
-def test_method(name, mods): check_method(methods[name], mods)
+def test_method(name, mods):
+    if len(mods) > 1 or name not in NEED_TWO: check_method(methods[name], mods)
 
 
 @pytest.mark.parametrize("rule", sorted(rules))

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import ROOT
 from mla_nb.core import InputError, check_dataset
-from mla_nb.data.digits import CONTENT, content_sha, digits, miniature, read_archive
+from mla_nb.data.digits import CONTENT, content_sha, digits, miniature, prepare_digits, read_archive
 from mla_nb.experiments import Run, run
 
 spec = importlib.util.spec_from_file_location("prepare_digits", ROOT / "data_scripts/prepare_digits.py")
@@ -105,7 +106,7 @@ def test_broken_recording(name, here, tones):
 
 def test_wrong_arguments(here, tones):
     for args, says in [(["--archive", "no.zip"], "no such archive"), (["--root", "nowhere"], "no such folder"), (["--archive", str(tones), "--split", "speakers"], "did you mean 'speaker'"),
-                       (["--archive", str(tones), "--occlusion", "3"], "between 0 and 1"), (["--archive", str(tones), "--n_train", "5"], "at least 10"),
+                       (["--archive", str(tones), "--occlusion", "3"], "at least 0 and at most 1"), (["--archive", str(tones), "--n_train", "5"], "at least 10"),
                        (["--archive", str(tones), "--n_train", "5000"], "only 120 training recordings")]:
         with pytest.raises(SystemExit, match=says): script.main(args)
     assert not list(here.glob("data/*"))
@@ -149,7 +150,7 @@ def test_an_empty_split(here, tones):
 
 def test_a_missing_recording_is_said(here, tones, capsys):
     script.main(["--archive", broken(tones, "one_less", None), "--split", "speaker"])
-    assert "719 recordings, not the 3,000 that were published" in capsys.readouterr().out
+    assert "719 recordings that differ from the 3,000 published ones" in capsys.readouterr().out
 
 
 def test_damaged_dataset(here, tones):
@@ -157,9 +158,52 @@ def test_damaged_dataset(here, tones):
     shard = next((here / "data/digits-speaker").glob("test-*.arrow"))
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(InputError, match="has 100 bytes"): digits("data", split="speaker")
-    with pytest.raises(SystemExit, match="damaged"): script.main(["--archive", str(tones), "--split", "speaker"])
+    with pytest.raises(SystemExit, match="has 100 bytes"): script.main(["--archive", str(tones), "--split", "speaker"])
     script.main(["--archive", str(tones), "--split", "speaker", "--force"])
     check_dataset(digits("data", split="speaker"))
+
+
+def test_other_files_are_never_removed(here, tones):
+    (here / "precious").mkdir()
+    (here / "precious/thesis.txt").write_text("four years")
+    for force in ([], ["--force"]):
+        with pytest.raises(SystemExit, match="holds other things .thesis.txt."): script.main(["--archive", str(tones), "--out", "precious", *force])
+    with pytest.raises(SystemExit, match="is a file"): script.main(["--archive", str(tones), "--out", "precious/thesis.txt"])
+    assert [p.name for p in here.rglob("*") if p.is_file()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("damage", [lambda t: "{bad", lambda t: "{}", lambda t: "[]", lambda t: t.replace('"format": 1', '"format": 99')], ids=["json", "empty", "list", "edited"])
+def test_damaged_description(here, tones, damage):
+    out = Path(prepare_digits(read_archive(tones), here, split="speaker", progress=False))
+    (out / "dataset.json").write_text(damage((out / "dataset.json").read_text()))
+    with pytest.raises(InputError, match="with --force"): digits(here, split="speaker")
+    script.main(["--archive", str(tones), "--split", "speaker", "--data", str(here), "--force"])
+    check_dataset(digits(here, split="speaker"))
+
+
+def test_a_flipped_byte_is_found(here, tones):
+    out = Path(prepare_digits(read_archive(tones), here, split="speaker", progress=False))
+    shard = next(out.glob("train-*.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 255
+    shard.write_bytes(data)
+    with pytest.raises(InputError, match="checksum is wrong"): digits(here, split="speaker")
+
+
+def test_empty_names_are_not_taken_for_something_else(here):
+    for flag in ("--archive", "--root"):
+        with pytest.raises(SystemExit, match="no such|no recordings"): script.main([flag, ""])
+    with pytest.raises(SystemExit, match="never taken for recordings"): script.main(["--miniature"])
+
+
+def test_another_version_of_the_data_is_another_run(here, tones):
+    prepare_digits(read_archive(tones), here / "data", split="speaker", progress=False)
+    cfg = Run(dataset="digits", dataset_args=dict(split="speaker"), epochs=1, data=str(here / "data"), root=str(here / "runs"), progress=False)
+    first = run(cfg)
+    assert run(cfg) == first
+    fewer = {k: v for k, v in read_archive(tones).items() if "_11" not in k}
+    prepare_digits(fewer, here / "data", split="speaker", progress=False, force=True)
+    with pytest.raises(InputError, match="another version of the dataset"): run(cfg)
 
 
 # the real recordings ------------------------------------------------------------------------------------------------

@@ -154,13 +154,20 @@ WRONG = [(["--dataset", "sinthetic"], "unknown dataset 'sinthetic': did you mean
          (["--epoch", "3"], "unknown flag '--epoch': did you mean '--epochs'?"),
          (["--dataset_args", "preset=balance"], "unknown preset 'balance': did you mean 'balanced'?"),
          (["--dataset_args", "nois=1"], "unknown knob 'nois': did you mean 'noise'?"),
-         (["--dataset_args", "n_test=0"], "the test split is empty"),
+         (["--dataset_args", "n_test=0"], "n_test=0: must be a whole number, at least 1"),
+         (["--dataset_args", "n_train=abc"], "n_train='abc': must be a whole number"),
+         (["--dataset_args", "size=-3"], "size=-3: must be a whole number, at least 16"),
+         (["--dataset_args", "modalities=5"], "modalities=5: must be text"),
+         (["--seed", "99999999999999999999"], "seed=99999999999999999999: must be a whole number from 0"),
+         (["--method_args", "projection=banana"], "projection='banana': must be true or false"),
+         (["--method_args", "order=audio"], "never has a turn"),
          (["--dataset_args", "n_train=1"], "in no training sample"),
          (["--method_args", "projektion=1"], "unknown option of mla 'projektion': did you mean 'projection'?"),
          (["--method", "mla_fixed", "--method_args", "weights=(.5,.5)"], "3 modalities need 3 weights"),
          (["--dataset", "digits", "--dataset_args", ""], "there is no prepared dataset at data/digits; run: python data_scripts/prepare_digits.py"),
          (["--init", "nowhere"], "there is no such checkpoint"),
-         (["--lr", "1e8", "--dataset_args", "n_train=128,n_valid=64,n_test=64"], "try a learning rate below 1e+08")]
+         (["--lr", "1e8", "--dataset_args", "n_train=128,n_valid=64,n_test=64"], "try a learning rate below 1e+08"),
+         (["--lr", "1e30", "--batch_size", "1000", "--epochs", "1", "--method", "concat"], "the answers are not finite; try a learning rate below 1e+30")]
 
 
 @pytest.mark.parametrize("flags,says", WRONG, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
@@ -174,6 +181,35 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(flags, says, tmp_path, m
 def test_exit_code_and_stderr(tmp_path):
     out = cli("--method", "mal", cwd=tmp_path, ok=False)
     assert out.returncode == 1 and out.stderr.strip().startswith("mla_run: unknown method") and "Traceback" not in out.stderr
+
+
+def test_root_that_is_a_file(tmp_path):
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(SystemExit, match="^mla_run: cannot read or write .*taken"): main([*FLAGS, "--root", str(tmp_path / "taken")])
+
+
+def test_a_failed_run_removes_only_its_own_files(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/.keep").write_text("x")
+    with pytest.raises(InputError, match="try a learning rate"): run(Run(**{**SMALL, "lr": 1e30}, name="mine"), root=tmp_path)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == [".keep"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "preps.json", "last.pt", "model.safetensors"])
+def test_damaged_files_of_a_run(tmp_path, name):
+    cfg = Run(**SMALL, root=str(tmp_path))
+    run(cfg)
+    if name != "result.json": (cfg.folder / "result.json").unlink()
+    (cfg.folder / name).write_bytes(b"[]")
+    if name == "model.safetensors": (cfg.folder / name).unlink()
+    with pytest.raises(InputError, match="remove the folder"): run(cfg)
+
+
+def test_a_damaged_result_hides_no_other(tmp_path):
+    run(Run(**SMALL), root=tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/result.json").write_text("{bad")
+    with pytest.warns(UserWarning, match="other/result.json"): assert len(results(tmp_path)) == 1
 
 
 def test_folder_of_another_configuration(tmp_path):

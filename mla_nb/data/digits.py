@@ -19,7 +19,7 @@ from ..encoders.audio import *
 from ..encoders.visual import *
 from .prepared import *
 
-# %% ../../nbs/data/20_digits.ipynb #c31c0aa9
+# %% ../../nbs/data/20_digits.ipynb #34e7802c
 NAME = re.compile(r'^(\d)_([A-Za-z]+)_(\d+)\.wav$')
 
 def read_archive(
@@ -39,7 +39,7 @@ def read_archive(
             if parts.parent.name != 'recordings' or not parts.name.endswith('.wav'): continue
             if member.file_size > limit: raise InputError(f"{path}: {member.filename} would unpack to {member.file_size} bytes; a recording has at most {limit}.")
             try: found[parts.name] = z.read(member)
-            except (zipfile.BadZipFile, zlib.error, EOFError) as e: raise InputError(f"{path}: {member.filename} is damaged ({e}); fetch the archive again.") from e
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e: raise InputError(f"{path}: {member.filename} is damaged ({e}); fetch the archive again.") from e
     return found
 
 def read_root(
@@ -51,7 +51,7 @@ def read_root(
     if not folder.is_dir(): raise InputError(f"{path}: there is no such folder; give the unpacked repository of the Free Spoken Digit Dataset.")
     return {f.name: f.read_bytes() for f in sorted(folder.glob('*.wav'))}
 
-# %% ../../nbs/data/20_digits.ipynb #f5a38349
+# %% ../../nbs/data/20_digits.ipynb #965a38e0
 def parse_names(
     names,      # file names
 )->list:        # (name, digit, speaker, index), sorted
@@ -59,7 +59,7 @@ def parse_names(
     names = sorted(names)
     if not names: raise InputError("no recordings found; expected recordings/{digit}_{speaker}_{index}.wav, e.g. recordings/7_jackson_32.wav.")
     wrong = [n for n in names if not NAME.match(n)]
-    if wrong: raise InputError(f"{len(wrong)} recordings are not named {{digit}}_{{speaker}}_{{index}}.wav, the first is {wrong[0]!r}.")
+    if wrong: raise InputError(f"{wrong[0]!r} is not named {{digit}}_{{speaker}}_{{index}}.wav, as recordings are (and {len(wrong) - 1} more); remove what is no recording.")
     rows = [(n, int(d), s, int(i)) for n in names for d, s, i in [NAME.match(n).groups()]]
     lost = sorted(set(range(10)) - {r[1] for r in rows})
     if lost: raise InputError(f"no recording of the digit {', '.join(map(str, lost))}; the dataset is incomplete, fetch it again.")
@@ -187,7 +187,7 @@ def read_row(
     image = spoil(source['image'], o['image_noise'], o['occlusion'], rng)
     return dict(id=name.removesuffix('.wav'), y=str(source['digit']), audio=log_mel(wave[None], 8000)[0].numpy(), image=encode_image(image))
 
-# %% ../../nbs/data/20_digits.ipynb #6412ff48
+# %% ../../nbs/data/20_digits.ipynb #7ff6188e
 def digits_options(
     split:str='official',       # or 'speaker'
     snr:float|None=None,        # of the sound, dB; None: as recorded
@@ -198,10 +198,10 @@ def digits_options(
 )->dict:
     "The options of a variant, checked"
     if split not in ('official', 'speaker'): raise unknown('split', split, ['official', 'speaker'])
-    for name, v in (('image_noise', image_noise), ('occlusion', occlusion)):
-        if not isinstance(v, (int, float)) or not 0 <= v <= 1: raise InputError(f"{name}={v} must be a number between 0 and 1.")
-    if snr is not None and not isinstance(snr, (int, float)): raise InputError(f"snr={snr} must be a number in dB, e.g. 10, or left out.")
-    if n_train is not None and (not isinstance(n_train, int) or n_train < 10): raise InputError(f"n_train={n_train} must be a whole number of at least 10, one sample per digit.")
+    for name, v in (('image_noise', image_noise), ('occlusion', occlusion)): of_kind(name, v, float, 0, 1)
+    of_kind('snr', snr, float|None, -100, 100)              # dB
+    of_kind('n_train', n_train, int|None, 10)               # one sample per digit
+    of_kind('pairing', pairing, int, 0)
     return dict(split=split, snr=snr, image_noise=float(image_noise), occlusion=float(occlusion), n_train=n_train, pairing=pairing)
 
 def digits_folder(o:dict)->str:
@@ -241,7 +241,7 @@ def prepare_digits(
                 image=Modality('visual', 'image', dict(size=16)))
     return prepare(out or Path(data)/digits_folder(o), 'digits', list('0123456789'), mods, pair(recordings, o), read_row, source, o, force=force, progress=progress)
 
-# %% ../../nbs/data/20_digits.ipynb #8337e45c
+# %% ../../nbs/data/20_digits.ipynb #53d42725
 @datasets
 def digits(
     data:str='data',    # where prepared datasets live
@@ -251,3 +251,5 @@ def digits(
     o = digits_options(split, snr, image_noise, occlusion, n_train, pairing)
     flags = ' '.join(f'--{k} {v}' for k, v in o.items() if v != digits_options()[k])
     return load_prepared(Path(data)/digits_folder(o), f"python data_scripts/prepare_digits.py {flags} --archive FILE.zip (or --download)".replace('  ', ' '))
+
+digits.folder = lambda data='data', **options: Path(data)/digits_folder(digits_options(**options))      # so that a run can tell one version from another

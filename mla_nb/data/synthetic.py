@@ -188,7 +188,7 @@ class Knobs:
         "P(state | class) of modality `m`"
         return likelihood(getattr(self, f'{m}_expressed'), getattr(self, f'{m}_blank'))
 
-# %% ../../nbs/01_synthetic.ipynb #a6203a75
+# %% ../../nbs/01_synthetic.ipynb #82a5dad3
 PRESETS = dict(lazy=Knobs(),
                balanced=Knobs(audio_expressed=.60, audio_blank=.35, visual_expressed=.60, visual_blank=.35,
                               text_expressed=.60, text_blank=.35, snr=-4., pose=.4, noise=.03, words=8))
@@ -199,11 +199,11 @@ def turn_knobs(preset:str, **knobs)->Knobs:
     names = [f.name for f in fields(Knobs)]
     for k in knobs:
         if k not in names: raise unknown('knob', k, names)
-    out = replace(PRESETS[preset], **knobs)
+    limits = dict(snr=(-60, 60), seconds=(.1, 5), rate=(2000, 48000), size=(16, 256), pose=(0, 5), light=(0, 5), noise=(0, 5), words=(1, 20))
+    out = replace(PRESETS[preset], **{k: of_kind(k, v, Knobs.__annotations__[k], *limits.get(k, (0, 1))) for k, v in knobs.items()})
     for m in ('audio', 'visual', 'text'):
         a, b = getattr(out, f'{m}_expressed'), getattr(out, f'{m}_blank')
         if min(a, b) < 0 or a + b > 1: raise InputError(f"{m}_expressed={a} and {m}_blank={b} must be chances that add up to at most 1.")
-    if not 1 <= out.words <= 20: raise InputError(f"words={out.words}: the lexicons hold 1 to 20 words.")
     return out
 
 # %% ../../nbs/01_synthetic.ipynb #c71e34cb
@@ -223,7 +223,7 @@ def render(
     out.states = {m: states[m] for m in out.x}
     return out
 
-# %% ../../nbs/01_synthetic.ipynb #5c8f2ec9
+# %% ../../nbs/01_synthetic.ipynb #4e29db53
 @datasets
 def synthetic(
     preset:str='lazy',          # 'lazy' or 'balanced'
@@ -233,6 +233,7 @@ def synthetic(
     **knobs,                    # fields of `Knobs`
 )->Splits:
     "Six moods heard, seen and read; `bayes` holds the best possible accuracy of every subset"
+    for name, v in (('seed', seed), ('n_train', n_train), ('n_valid', n_valid), ('n_test', n_test)): of_kind(name, v, int, 0 if name == 'seed' else 1)
     k, mods = turn_knobs(preset, **knobs), [m.strip() for m in modalities.split(',')]
     kinds = dict(audio=Modality('audio', 'wave', dict(rate=k.rate)), visual=Modality('visual', 'image'), text=Modality('text', 'text'))
     for m in mods:

@@ -16,7 +16,7 @@ from ..core import *
 from ..heads import *
 from ..learner import *
 
-# %% ../../nbs/09_alternating.ipynb #c04365e8
+# %% ../../nbs/09_alternating.ipynb #7bbee255
 def alternating(
     order=None,     # modalities in the order of their turns, a list or 'text,audio'; 'random': a new one for every batch; None: as the dataset has them
 )->Callable:        # Batch -> turns
@@ -25,6 +25,8 @@ def alternating(
     def turns(b:Batch)->Iterable[Batch]:
         wrong = [m for m in order or [] if m not in b.present]
         if wrong: raise unknown('modality', wrong[0], b.present)
+        lost = [m for m in b.present if order and m not in order]
+        if lost: raise InputError(f"order={','.join(order)}: {lost[0]} never has a turn; name every modality once ({', '.join(b.present)}).")
         for m in order or b.x: yield from turn_of(m)(b)
     def shuffled(b:Batch)->Iterable[Batch]:
         for k in torch.randperm(len(b.x)).tolist(): yield from turn_of(list(b.x)[k])(b)
