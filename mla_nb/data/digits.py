@@ -187,7 +187,7 @@ def read_row(
     image = spoil(source['image'], o['image_noise'], o['occlusion'], rng)
     return dict(id=name.removesuffix('.wav'), y=str(source['digit']), audio=log_mel(wave[None], 8000)[0].numpy(), image=encode_image(image))
 
-# %% ../../nbs/data/20_digits.ipynb #7ff6188e
+# %% ../../nbs/data/20_digits.ipynb #bc7158ae
 def digits_options(
     split:str='official',       # or 'speaker'
     snr:float|None=None,        # of the sound, dB; None: as recorded
@@ -199,7 +199,7 @@ def digits_options(
     "The options of a variant, checked"
     if split not in ('official', 'speaker'): raise unknown('split', split, ['official', 'speaker'])
     for name, v in (('image_noise', image_noise), ('occlusion', occlusion)): of_kind(name, v, float, 0, 1)
-    of_kind('snr', snr, float|None, -100, 100)              # dB
+    snr = of_kind('snr', snr, float|None, -100, 100)        # dB
     of_kind('n_train', n_train, int|None, 10)               # one sample per digit
     of_kind('pairing', pairing, int, 0)
     return dict(split=split, snr=snr, image_noise=float(image_noise), occlusion=float(occlusion), n_train=n_train, pairing=pairing)
