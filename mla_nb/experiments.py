@@ -7,7 +7,8 @@ __all__ = ['LIMITS', 'Checked', 'Run', 'parse_args', 'make_dataset', 'make_metho
            'is_main', 'Saver', 'TensorBoard', 'make_encoders', 'make_opt', 'environment', 'data_checksum', 'claim',
            'build', 'run', 'save_pred', 'load_pred', 'load_run', 'read_history', 'plot_losses', 'plot_weights',
            'plot_confusion', 'show_samples', 'results', 'table', 'split_list', 'with_options', 'seed_list', 'plan',
-           'attempt', 'grid', 'tune', 'parse', 'main', 'table_main', 'grid_main']
+           'attempt', 'grid', 'tune', 'compared', 'plot_compared', 'plot_curves', 'costs', 'parse', 'main',
+           'table_main', 'grid_main']
 
 # %% ../nbs/15_experiments.ipynb #548d365c
 import argparse, ast, hashlib, json, math, os, platform, re, shutil, subprocess, sys, warnings
@@ -488,13 +489,14 @@ def show_samples(
     fig.tight_layout()
     return rows
 
-# %% ../nbs/15_experiments.ipynb #5303387d
+# %% ../nbs/15_experiments.ipynb #c4686adb
 def results(
     root='runs',    # folder of runs
 )->list[dict]:      # what their result.json hold
-    "All finished runs below a folder; a damaged one is left out, with a warning"
+    "All finished runs below a folder, those of a sweep excepted; a damaged one is left out, with a warning"
     found = []
     for f in sorted(Path(root).rglob('result.json')):
+        if 'sweep' in f.relative_to(root).parts: continue
         try: found.append(read_json(f, ['id', 'run', 'test', 'valid', 'bayes'], 'left out'))
         except InputError as e: warnings.warn(str(e))
     return found
@@ -645,6 +647,68 @@ def tune(
     rows = [dict(dataset=c.dataset, dataset_args=c.dataset_args, method=c.method, method_args=c.method_args, lr=lr, valid=score[k][lr][0], n=len(seeds), chosen=lr == best[k])
             for k, c in groups.items() for lr in lrs]
     return [replace(c, lr=best[key(c)]) for c in runs], rows
+
+# %% ../nbs/15_experiments.ipynb #10630e83
+def _options(args): return '(' + ', '.join(f'{k}={v}' for k, v in args.items()) + ')' if args else ''
+
+def compared(
+    root,           # folder of runs
+    dataset='',     # only this one
+)->dict:            # dataset -> method with its options -> results, each with its 'folder'
+    "The runs below a folder, by dataset and method"
+    out = defaultdict(lambda: defaultdict(list))
+    for r in results(root):
+        what = r['run']
+        if dataset and what['dataset'] != dataset: continue
+        odd = ''.join(f' {k}={what[k]}' for k in ('rule', 'encoder') if what[k] != asdict(Run())[k])
+        out[what['dataset'] + _options(what['dataset_args'])][what['method'] + _options(what['method_args']) + odd].append(dict(r, folder=str(Path(root)/r['id'])))
+    if not out: raise InputError(f"root={str(root)!r}: no finished run{f' on {dataset}' if dataset else ''} there; make some with mla_grid, or name another folder.")
+    return out
+
+def plot_compared(data, group):
+    "Test accuracy of each method, fused and per modality, with 95% intervals"
+    import matplotlib.pyplot as plt
+    mods = list(dict.fromkeys(['fused', *(m for rows in group.values() for r in rows for m in r['test']['accuracy'])]))
+    fig, axs = plt.subplots(1, len(mods), figsize=(2.6 * len(mods) + 1.5, .28 * len(group) + 1.2), sharey=True, squeeze=False)
+    for ax, m in zip(axs[0], mods):
+        for k, rows in enumerate(group.values()):
+            v = torch.tensor([100 * r['test']['accuracy'][m] for r in rows if m in r['test']['accuracy']], dtype=torch.double)
+            if not len(v): continue
+            ax.plot(v, [k]*len(v), '|', color='#999999')
+            ax.errorbar(v.mean(), k, xerr=_half_width(v), fmt='o', ms=4, color=colour(m))
+        bounds = [r['bayes'][m] for rows in group.values() for r in rows if r['bayes'] and m in r['bayes']]
+        if bounds: ax.axvline(100 * max(bounds), color='k', ls='--', lw=.8)
+        ax.set(title=m, xlabel='accuracy, %')
+    axs[0, 0].set_yticks(range(len(group)), group); axs[0, 0].invert_yaxis(); axs[0, 0].set_ylabel(data, fontsize=7)
+    fig.tight_layout()
+    return axs
+
+def _half_width(v):
+    "Half of the 95% interval of a mean (Student's t); 0 for a single value"
+    from scipy.stats import t
+    return float(t.ppf(.975, len(v) - 1) * v.std() / len(v)**.5) if len(v) > 1 else 0.
+
+# %% ../nbs/15_experiments.ipynb #57f1ad92
+def plot_curves(data, group):
+    "Fused validation accuracy over epochs, the mean over seeds"
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 3))
+    for k, (name, rows) in enumerate(group.items()):
+        curves = [[r['valid']['accuracy']['fused'] for r in read_history(r['folder'])] for r in rows]
+        n = min(map(len, curves))
+        ax.plot(range(1, n + 1), torch.tensor([c[:n] for c in curves]).mean(0), ['-', '--', ':'][k // 10 % 3], color=plt.cm.tab10(k % 10), label=name)
+    ax.set(xlabel='epoch', ylabel='accuracy (validation), fused', title=data); ax.legend(fontsize=6, ncols=2)
+    return ax
+
+def costs(groups)->str:
+    "Seconds and peak memory per epoch, as a Markdown table"
+    lines = ['| dataset | method | seconds per epoch | MiB | parameters |', '|---|---|---|---|---|']
+    for data, g in groups.items():
+        for name, rows in g.items():
+            history = [h for r in rows for h in read_history(r['folder'])]
+            memory = [h['memory'] for h in history if h.get('memory')]
+            lines.append(f"| {data} | {name} | {sum(h['seconds'] for h in history) / len(history):.2f} | {f'{max(memory):.0f}' if memory else '–'} | {rows[0]['params']:,} |")
+    return '\n'.join(lines)
 
 # %% ../nbs/15_experiments.ipynb #dff46845
 def parse(
