@@ -27,7 +27,7 @@ endif
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help setup demo prepare-synthetic prepare-digits test lab chapter export clean readme check-python lock benchmark
+.PHONY: help setup demo prepare-synthetic prepare-digits test lab chapter export clean readme check-python lock benchmark results
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -81,7 +81,12 @@ readme: $(READY) ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/nbs.py readme
 clean: $(READY) ## store the notebooks without execution counts and stray metadata
 	$(BIN)/nbdev_clean
-benchmark: $(READY) ## the cost of a step, against the bare encoders
+benchmark: $(READY) ## the cost of a step, against the bare encoders, and of every method
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/methods.py
+results: $(READY) ## every run behind the tables, about 1.5 hours: make results ARCHIVE=FILE.zip
+	$(if $(ARCHIVE),,@echo "which recordings? make results ARCHIVE=FILE.zip"; exit 1)
+	$(BIN)/python results/study.py '$(ARCHIVE)' $(WORKERS)
+	$(BIN)/python results/ablation.py '$(ARCHIVE)' $(WORKERS)
 lock: $(DEPS) ## constraints.txt from requirements.in
 	$(BIN)/uv pip compile -q --no-annotate --no-header --upgrade --python $(BIN)/python requirements.in -o constraints.txt

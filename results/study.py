@@ -66,7 +66,7 @@ def main(archive, jobs=2):
         sweep += [dict(data=data, method=t["method"], args=",".join(f"{k}={v}" for k, v in t["method_args"].items()), lr=t["lr"], valid=round(t["valid"], 4), chosen=int(t["chosen"])) for t in tried]
         lr = next(c.lr for c in runs if c.method == "mla")
         mods = ["audio", "visual", "text"] if "synthetic" in name else ["audio", "image"]
-        runs += plan(name, VARIANTS + orders(mods), SEEDS, root=ROOT, lr=lr)
+        runs += plan(name, VARIANTS + (orders(mods) if data != "balanced" else []), SEEDS, root=ROOT, lr=lr)
         found = grid(runs, label=data, **how)
         bad = [r for r in found if "error" in r]
         rows += [row(data, c, r) for c, r in zip(runs, found) if "error" not in r]
