@@ -10,7 +10,7 @@ __all__ = ['LIMITS', 'Checked', 'Run', 'parse_args', 'make_dataset', 'make_metho
            'attempt', 'grid', 'tune', 'compared', 'plot_compared', 'plot_curves', 'costs', 'parse', 'main',
            'table_main', 'grid_main']
 
-# %% ../nbs/15_experiments.ipynb #548d365c
+# %% ../nbs/15_experiments.ipynb #273da417
 import argparse, ast, hashlib, json, math, os, platform, re, shutil, subprocess, sys, warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,6 +26,7 @@ from .core import *
 from .heads import *
 from .learner import *
 from .fusion import *
+from .evaluation import calibrated
 
 # %% ../nbs/15_experiments.ipynb #ae104bf7
 def _opt(default, help, where=False): return field(default=default, metadata=dict(help=help, where=where))
@@ -347,7 +348,7 @@ def run(
     if torch.distributed.is_initialized(): torch.distributed.barrier()
     return claim(cfg)
 
-# %% ../nbs/15_experiments.ipynb #b1f1ccf9
+# %% ../nbs/15_experiments.ipynb #3fefd9bb
 def _forget(folder, was_there):
     "Remove what a run wrote before its first checkpoint, and nothing else"
     if not was_there: return shutil.rmtree(folder, ignore_errors=True)
@@ -376,7 +377,7 @@ def _finish(cfg, s, learn):
     best = next(c for c in learn.cbs if isinstance(c, Saver)).best[2]
     save_pred(p, cfg.folder/'predictions.safetensors')
     out = dict(id=cfg.folder.name, run=cfg.what, best_epoch=best + 1, valid=learn.history[best]['valid'], test=scores(p), n_test=len(p.y),
-               bayes=s.bayes and {**{m: s.bayes[m,] for m in mods}, 'fused': s.bayes[tuple(mods)]}, weights=getattr(learn.method.rule, 'weights', None),
+               bayes=s.bayes and {**{m: s.bayes[m,] for m in mods}, 'fused': s.bayes[tuple(mods)]}, weights=getattr(learn.method.rule, 'weights', None), temperatures=getattr(learn.method.rule, 'temperatures', None),
                seconds=sum(r['seconds'] for r in learn.history), params=sum(q.numel() for q in learn.net.parameters()), environment=environment())
     write_atomic(cfg.folder/'result.json', json.dumps(_plain(out), indent=1))
 
@@ -395,7 +396,7 @@ def load_pred(path)->Pred:
         x = {k: f.get_tensor(k) for k in f.keys()}
         return Pred(f.metadata()['mods'].split(','), **{'weights': None, **x})
 
-# %% ../nbs/15_experiments.ipynb #13b786e6
+# %% ../nbs/15_experiments.ipynb #2d7f5eef
 def load_run(
     folder,         # of a finished run
 )->tuple:           # (Net in eval mode, Method, what config.json says)
@@ -407,6 +408,7 @@ def load_run(
     encs = {m: encoders[name](Modality(**about['modalities'][m]), prep=preps[m]) for m, name in about['encoders'].items()}
     method = make_method(Run(**about['run']))
     if result['weights']: method = replace(method, rule=fixed(tuple(result['weights'])))
+    if result.get('temperatures'): method = replace(method, rule=calibrated(method.rule.rule, tuple(result['temperatures'])))
     net = make_net(method.head, encs, len(about['classes']))
     load_weights(net, folder)
     return net.eval(), method, about

@@ -70,6 +70,12 @@ def test_methods_run_and_load_again(tmp_path, method):
     if method == "mla_fixed": assert m.rule.weights == tuple(r["weights"]) and abs(sum(r["weights"]) - 1) < 1e-6
 
 
+def test_temperatures_are_stored_with_a_run(tmp_path):
+    r = run(Run(**SMALL, method="mla", rule="calibrated"), root=tmp_path)
+    net, m, about = load_run(tmp_path / r["id"])
+    assert len(r["temperatures"]) == 3 and m.rule.temperatures == tuple(r["temperatures"])
+
+
 def test_unimodal_builds_one_encoder(tmp_path):
     r = run(Run(**SMALL, method="unimodal", method_args="modality=text"), root=tmp_path)
     assert set(r["test"]["accuracy"]) == {"text", "fused"} and r["test"]["accuracy"]["text"] == r["test"]["accuracy"]["fused"]
