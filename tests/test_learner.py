@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from mla_nb.core import Batch, Samples, collate
+from mla_nb.core import Batch, Samples, collate, discover, methods
 from mla_nb.heads import SeparateHead, SharedHead, make_net
 from mla_nb.learner import (Accelerate, Callback, Learner, Loaders, Method, Progress, Recorder, Schedule, Shuffle, concat, loaders, predict, predictions, scores)
 from mla_nb.methods.ensemble import alternating, ensemble
 from mla_nb.methods.mla import mla
 
+discover()
 MODS = ("audio", "video", "text")
 
 
@@ -177,3 +178,21 @@ class NoLoader(Accelerate):
         learn.dls = replace(keep, train=torch.utils.data.DataLoader(range(1)))
         super().before_fit(learn)
         learn.dls = keep
+
+
+def test_a_single_row_trains_with_batch_norm():
+    "One row has no batch statistics: the encoder then uses those it has, and still learns"
+    enc = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+    enc.num_features = 8
+    net = make_net(SharedHead, {"audio": enc}, 3).train()
+    b = Batch({"audio": torch.randn(3, 4)}, torch.arange(3), {"audio": torch.tensor([True, False, False])}, torch.arange(3))
+    net(b.only(["audio"])).sum().backward()
+    assert enc[0].weight.grad.abs().sum() > 0 and enc.training
+
+
+@pytest.mark.parametrize("name", sorted(set(methods) - {"unimodal"}))
+def test_a_batch_in_which_nobody_has_anything_is_passed_over(name):
+    method = methods[name]()
+    x = {m: torch.randn(4, 5) for m in ("audio", "visual")}
+    nobody = Batch(x, torch.arange(4) % 3, {m: torch.zeros(4, dtype=torch.bool) for m in x}, torch.arange(4))
+    assert not list(method.turns(nobody))
