@@ -491,15 +491,15 @@ def show_samples(
     fig.tight_layout()
     return rows
 
-# %% ../nbs/15_experiments.ipynb #c4686adb
+# %% ../nbs/15_experiments.ipynb #bafa2c67
 def results(
     root='runs',    # folder of runs
-)->list[dict]:      # what their result.json hold
+)->list[dict]:      # what their result.json hold, and the 'folder' each lies in
     "All finished runs below a folder, those of a sweep excepted; a damaged one is left out, with a warning"
     found = []
     for f in sorted(Path(root).rglob('result.json')):
         if 'sweep' in f.relative_to(root).parts: continue
-        try: found.append(read_json(f, ['id', 'run', 'test', 'valid', 'bayes'], 'left out'))
+        try: found.append(dict(read_json(f, ['id', 'run', 'test', 'valid', 'bayes'], 'left out'), folder=str(f.parent)))
         except InputError as e: warnings.warn(str(e))
     return found
 
@@ -571,7 +571,7 @@ def plan(
     for r in runs: make_method(r)               # wrong names are found before anything is trained
     return runs
 
-# %% ../nbs/15_experiments.ipynb #e8bebb82
+# %% ../nbs/15_experiments.ipynb #e89815ea
 def attempt(cfg:Run)->dict:
     "A run that takes no other down: its result, or {'error': what went wrong}"
     try: return run(cfg)
@@ -579,10 +579,10 @@ def attempt(cfg:Run)->dict:
 
 def _side_by_side(runs, jobs):
     "Yield (number, result) as they come, from `jobs` processes"
-    left, wide = dict(enumerate(runs)), True
+    left, alone = dict(enumerate(runs)), []
     while left:
-        batch = left if wide else dict([next(iter(left.items()))])
-        with ProcessPoolExecutor(jobs if wide else 1, mp_context=get_context('spawn')) as pool:
+        batch = {alone[0]: left[alone[0]]} if alone else left
+        with ProcessPoolExecutor(1 if alone else jobs, mp_context=get_context('spawn')) as pool:
             futures = {pool.submit(attempt, c): i for i, c in batch.items()}
             try:
                 for f in as_completed(futures):
@@ -590,10 +590,11 @@ def _side_by_side(runs, jobs):
                     del left[futures[f]]
                     yield futures[f], r
             except BrokenProcessPool:
-                if wide: wide = False           # somebody died; from here on one by one
+                if not alone: alone = list(left)[:2 * jobs + 1]     # somebody died, and was among the first that are left
                 else:
-                    i = next(iter(batch))
+                    i = alone[0]
                     yield i, dict(id=left.pop(i).id, error='its process died (killed, or out of memory: try a smaller batch_size)')
+        alone = [i for i in alone if i in left]
 
 def _on_cluster(runs, scheduler):
     "Yield (number, result) as they come, from the workers of a Dask scheduler that share our folders"
@@ -650,20 +651,20 @@ def tune(
             for k, c in groups.items() for lr in lrs]
     return [replace(c, lr=best[key(c)]) for c in runs], rows
 
-# %% ../nbs/15_experiments.ipynb #10630e83
+# %% ../nbs/15_experiments.ipynb #3432d533
 def _options(args): return '(' + ', '.join(f'{k}={v}' for k, v in args.items()) + ')' if args else ''
 
 def compared(
     root,           # folder of runs
     dataset='',     # only this one
-)->dict:            # dataset -> method with its options -> results, each with its 'folder'
+)->dict:            # dataset -> method with its options -> results
     "The runs below a folder, by dataset and method"
     out = defaultdict(lambda: defaultdict(list))
     for r in results(root):
         what = r['run']
         if dataset and what['dataset'] != dataset: continue
         odd = ''.join(f' {k}={what[k]}' for k in ('rule', 'encoder') if what[k] != asdict(Run())[k])
-        out[what['dataset'] + _options(what['dataset_args'])][what['method'] + _options(what['method_args']) + odd].append(dict(r, folder=str(Path(root)/r['id'])))
+        out[what['dataset'] + _options(what['dataset_args'])][what['method'] + _options(what['method_args']) + odd].append(r)
     if not out: raise InputError(f"root={str(root)!r}: no finished run{f' on {dataset}' if dataset else ''} there; make some with mla_grid, or name another folder.")
     return out
 
@@ -751,7 +752,7 @@ def table_main(argv=None):
     if not results(root): sys.exit(f'mla_table: no finished run below {root}; make one with mla_run, or name another folder.')
     print(table(root))
 
-# %% ../nbs/15_experiments.ipynb #68b0dcef
+# %% ../nbs/15_experiments.ipynb #a44e8b03
 def _grid_parser():
     p = argparse.ArgumentParser('mla_grid', description='Run datasets x methods x seeds; what is done is not done again. Every flag of mla_run holds for all runs.', allow_abbrev=False)
     p.add_argument('--dataset', default='synthetic', help="e.g. 'digits(split=speaker),synthetic' (default: synthetic)")
@@ -767,7 +768,7 @@ def grid_main(argv=None):
     "Entry point of `mla_grid`"
     try:
         given, rest = _grid_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
-        common = {k: v for k, v in parse(rest, every=False).items()}
+        common = parse(rest, every=False)
         try: lrs, jobs = [float(v) for v in given.lr.split(',') if v], int(given.jobs)
         except ValueError: raise InputError(f"lr={given.lr!r}, jobs={given.jobs!r}: must be numbers, e.g. --lr .03,.1,.3 --jobs 2.") from None
         how = dict(jobs=jobs or (1 if torch.cuda.is_available() else os.cpu_count()), scheduler=given.scheduler)

@@ -9,7 +9,7 @@ from mla_nb.experiments import grid, plan
 
 def test_compare(tmp_path):
     pm = pytest.importorskip("papermill")
-    grid(plan("synthetic(n_train=96,n_valid=32,n_test=32)", "concat,mla", "0:2", epochs=2, root=str(tmp_path / "runs")), label="")
+    grid(plan("synthetic(n_train=96,n_valid=32,n_test=32)", "concat,mla", "0:2", epochs=2, root=str(tmp_path / "runs/below")), label="")      # found below folders too
     out = tmp_path / "out.ipynb"
     pm.execute_notebook(ROOT / "nbs/experiments/compare.ipynb", out, dict(root=str(tmp_path / "runs")), kernel_name="python3", progress_bar=False)
     said = json.dumps(json.loads(out.read_text())["cells"])
