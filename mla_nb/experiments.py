@@ -10,7 +10,7 @@ __all__ = ['LIMITS', 'Checked', 'Run', 'parse_args', 'make_dataset', 'make_metho
            'attempt', 'grid', 'tune', 'compared', 'plot_compared', 'plot_curves', 'costs', 'parse', 'main',
            'table_main', 'grid_main']
 
-# %% ../nbs/15_experiments.ipynb #273da417
+# %% ../nbs/15_experiments.ipynb #0a67e9f7
 import argparse, ast, hashlib, json, math, os, platform, re, shutil, subprocess, sys, warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,7 +26,7 @@ from .core import *
 from .heads import *
 from .learner import *
 from .fusion import *
-from .evaluation import calibrated
+from .evaluation import calibrated, temperatures
 
 # %% ../nbs/15_experiments.ipynb #ae104bf7
 def _opt(default, help, where=False): return field(default=default, metadata=dict(help=help, where=where))
@@ -44,7 +44,7 @@ class Checked:
             for n in names.split():
                 if not ok(getattr(self, n)): raise InputError(f"{n}={getattr(self, n)!r}: must be {allowed}; the default is {self.__dataclass_fields__[n].default!r}.")
 
-# %% ../nbs/15_experiments.ipynb #2594f16e
+# %% ../nbs/15_experiments.ipynb #bbef6b6b
 @dataclass(frozen=True)
 class Run(Checked):
     "One training run, complete. Unknown names and wrong types are refused."
@@ -54,6 +54,7 @@ class Run(Checked):
     method_args: dict = _opt('', "its options, e.g. 'projection=False'")
     encoder: str = _opt('small', "a family of encoders, or one per modality: 'audio=resnet18,image=small'")
     rule: str = _opt('', "test-time fusion rule; empty: the method's own")
+    temperature: str = _opt('', "'validation': the rule sees logits scaled by temperatures chosen on validation")
     epochs: int = _opt(20, 'passes over the training samples')
     batch_size: int = _opt(64, 'samples per training batch')
     lr: float = _opt(.1, 'learning rate at the start')
@@ -84,7 +85,7 @@ class Run(Checked):
     @property
     def folder(self)->Path: return Path(self.root)/(self.name or self.id)
 
-# %% ../nbs/15_experiments.ipynb #2bc1b4cc
+# %% ../nbs/15_experiments.ipynb #8f07cab4
 LIMITS = [('epochs batch_size', lambda v: v >= 1, 'a whole number of at least 1'),
           ('lr', lambda v: 0 < v < math.inf, 'a number above 0'),
           ('momentum', lambda v: 0 <= v < 1, 'a number from 0 to below 1'),
@@ -93,6 +94,7 @@ LIMITS = [('epochs batch_size', lambda v: v >= 1, 'a whole number of at least 1'
           ('workers threads', lambda v: 0 <= v <= 256, 'a whole number from 0 to 256'),
           ('optimizer', lambda v: v in ('sgd', 'adamw'), "'sgd' or 'adamw'"),
           ('schedule', lambda v: v in Schedule.shapes, f"one of {', '.join(Schedule.shapes)}"),
+          ('temperature', lambda v: v in ('', 'validation'), "'validation' or nothing"),
           ('precision', lambda v: v in ('no', 'bf16'), "'no' or 'bf16'"),
           ('device', lambda v: v in ('auto', 'cpu'), "'auto' (a GPU where there is one) or 'cpu'"),
           ('name', lambda v: not re.search(r'[/\\]|^\.', v), 'a plain folder name, without slashes')]
@@ -127,7 +129,7 @@ def parse_args(
         except (ValueError, SyntaxError): out[k] = dict(true=True, false=False, none=None).get(value.lower(), value)
     return out
 
-# %% ../nbs/15_experiments.ipynb #19e04c23
+# %% ../nbs/15_experiments.ipynb #0670faf1
 def make_dataset(cfg:Run)->Splits:
     "The dataset of a run"
     discover()
@@ -137,7 +139,8 @@ def make_method(cfg:Run)->Method:
     "The method of a run, with its rule"
     discover()
     method = call(methods[cfg.method], cfg.method_args)
-    return replace(method, rule=make_rule(cfg.rule)) if cfg.rule else method
+    if cfg.rule: method = replace(method, rule=make_rule(cfg.rule))
+    return replace(method, rule=calibrated(method.rule)) if cfg.temperature else method
 
 # %% ../nbs/15_experiments.ipynb #012e3e70
 def encoder_names(
@@ -348,7 +351,7 @@ def run(
     if torch.distributed.is_initialized(): torch.distributed.barrier()
     return claim(cfg)
 
-# %% ../nbs/15_experiments.ipynb #3fefd9bb
+# %% ../nbs/15_experiments.ipynb #53cf9008
 def _forget(folder, was_there):
     "Remove what a run wrote before its first checkpoint, and nothing else"
     if not was_there: return shutil.rmtree(folder, ignore_errors=True)
@@ -377,7 +380,7 @@ def _finish(cfg, s, learn):
     best = next(c for c in learn.cbs if isinstance(c, Saver)).best[2]
     save_pred(p, cfg.folder/'predictions.safetensors')
     out = dict(id=cfg.folder.name, run=cfg.what, best_epoch=best + 1, valid=learn.history[best]['valid'], test=scores(p), n_test=len(p.y),
-               bayes=s.bayes and {**{m: s.bayes[m,] for m in mods}, 'fused': s.bayes[tuple(mods)]}, weights=getattr(learn.method.rule, 'weights', None), temperatures=getattr(learn.method.rule, 'temperatures', None),
+               bayes=s.bayes and {**{m: s.bayes[m,] for m in mods}, 'fused': s.bayes[tuple(mods)]}, weights=getattr(learn.method.rule, 'weights', None), temperatures=temperatures(predictions(learn.net, learn.method, learn.dls.valid)),
                seconds=sum(r['seconds'] for r in learn.history), params=sum(q.numel() for q in learn.net.parameters()), environment=environment())
     write_atomic(cfg.folder/'result.json', json.dumps(_plain(out), indent=1))
 
@@ -396,7 +399,7 @@ def load_pred(path)->Pred:
         x = {k: f.get_tensor(k) for k in f.keys()}
         return Pred(f.metadata()['mods'].split(','), **{'weights': None, **x})
 
-# %% ../nbs/15_experiments.ipynb #2d7f5eef
+# %% ../nbs/15_experiments.ipynb #65941f01
 def load_run(
     folder,         # of a finished run
 )->tuple:           # (Net in eval mode, Method, what config.json says)
@@ -408,7 +411,7 @@ def load_run(
     encs = {m: encoders[name](Modality(**about['modalities'][m]), prep=preps[m]) for m, name in about['encoders'].items()}
     method = make_method(Run(**about['run']))
     if result['weights']: method = replace(method, rule=fixed(tuple(result['weights'])))
-    if result.get('temperatures'): method = replace(method, rule=calibrated(method.rule.rule, tuple(result['temperatures'])))
+    if isinstance(method.rule, calibrated): method = replace(method, rule=calibrated(method.rule.rule, tuple(result['temperatures'].get(m, 1.) for m in encs)))
     net = make_net(method.head, encs, len(about['classes']))
     load_weights(net, folder)
     return net.eval(), method, about
@@ -491,7 +494,7 @@ def show_samples(
     fig.tight_layout()
     return rows
 
-# %% ../nbs/15_experiments.ipynb #bafa2c67
+# %% ../nbs/15_experiments.ipynb #03c1b1dd
 def results(
     root='runs',    # folder of runs
 )->list[dict]:      # what their result.json hold, and the 'folder' each lies in
@@ -519,7 +522,7 @@ def table(
     for rows in groups.values():
         what = rows[0]['run']
         args = lambda name: ', '.join(f'{k}={v}' for k, v in what[name].items())
-        odd = [f'{k}={what[k]}' for k in ('encoder', 'rule', 'epochs', 'batch_size', 'lr', 'optimizer', 'schedule', 'precision') if what[k] != base[k]]
+        odd = [f'{k}={what[k]}' for k in ('encoder', 'rule', 'temperature', 'epochs', 'batch_size', 'lr', 'optimizer', 'schedule', 'precision') if what[k] != base[k]]
         data = ' '.join(filter(None, [what['dataset'], args('dataset_args')]))
         name = ' '.join(filter(None, [what['method'], args('method_args'), ', '.join(odd)]))
         cells = [_mean_sd([r['test']['accuracy'].get(m) for r in rows]) for m in ['fused', *mods]]
@@ -651,7 +654,7 @@ def tune(
             for k, c in groups.items() for lr in lrs]
     return [replace(c, lr=best[key(c)]) for c in runs], rows
 
-# %% ../nbs/15_experiments.ipynb #3432d533
+# %% ../nbs/15_experiments.ipynb #eda5fa3d
 def _options(args): return '(' + ', '.join(f'{k}={v}' for k, v in args.items()) + ')' if args else ''
 
 def compared(
@@ -663,7 +666,7 @@ def compared(
     for r in results(root):
         what = r['run']
         if dataset and what['dataset'] != dataset: continue
-        odd = ''.join(f' {k}={what[k]}' for k in ('rule', 'encoder') if what[k] != asdict(Run())[k])
+        odd = ''.join(f' {k}={what[k]}' for k in ('rule', 'temperature', 'encoder') if what[k] != asdict(Run())[k])
         out[what['dataset'] + _options(what['dataset_args'])][what['method'] + _options(what['method_args']) + odd].append(r)
     if not out: raise InputError(f"root={str(root)!r}: no finished run{f' on {dataset}' if dataset else ''} there; make some with mla_grid, or name another folder.")
     return out

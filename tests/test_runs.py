@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 from mla_nb.core import InputError
-from mla_nb.experiments import Run, load_run, main, results, run, table
+from mla_nb.fusion import entropy_rule
+from mla_nb.methods.qmf import energy
+from mla_nb.experiments import Run, load_pred, load_run, main, results, run, table
 
 SMALL = dict(dataset_args="n_train=128,n_valid=64,n_test=64", epochs=3, progress=False, threads=1)
 FLAGS = ["--dataset_args", SMALL["dataset_args"], "--epochs", "3", "--progress", "false", "--threads", "1"]
@@ -70,10 +72,21 @@ def test_methods_run_and_load_again(tmp_path, method):
     if method == "mla_fixed": assert m.rule.weights == tuple(r["weights"]) and abs(sum(r["weights"]) - 1) < 1e-6
 
 
-def test_temperatures_are_stored_with_a_run(tmp_path):
-    r = run(Run(**SMALL, method="mla", rule="calibrated"), root=tmp_path)
+@pytest.mark.parametrize("how", [dict(rule="calibrated"), dict(temperature="validation"), dict(rule="energy", temperature="validation"), {}])
+def test_temperatures_are_stored_with_a_run_and_used_where_asked(tmp_path, how):
+    r = run(Run(**SMALL, method="mla", **how), root=tmp_path)
     net, m, about = load_run(tmp_path / r["id"])
-    assert len(r["temperatures"]) == 3 and m.rule.temperatures == tuple(r["temperatures"])
+    assert set(r["temperatures"]) == {"fused", *net.encs}
+    assert getattr(m.rule, "temperatures", None) == (tuple(r["temperatures"][k] for k in net.encs) if how else None)
+    assert not how or m.rule.rule is (energy if "energy" in how.values() else entropy_rule)
+    p = load_pred(tmp_path / r["id"])
+    assert torch.allclose(m.rule(p.logits, p.present), p.weights, atol=1e-6)        # what is loaded is what was tested
+
+
+@pytest.mark.parametrize("how", [dict(rule="mean"), dict(rule="fixed"), dict(method="concat"), dict(method="ensemble")])
+def test_a_temperature_that_would_change_nothing_is_refused(tmp_path, how):
+    with pytest.raises(InputError, match="does not look at that"): run(Run(**{**SMALL, "method": "mla", **how}, temperature="validation"), root=tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_unimodal_builds_one_encoder(tmp_path):
