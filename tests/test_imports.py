@@ -49,7 +49,7 @@ def chapters():
     out = {}
     for p in (ROOT / "nbs").rglob("[0-9]*.ipynb"):
         src = "\n".join("".join(c["source"]) for c in json.loads(p.read_text())["cells"])
-        if m := re.search(r"#\| default_exp (\S+)", src): out["mla_nb." + m[1]] = int(p.name[:2]), p, src
+        if m := re.search(r"#\| default_exp (\S+)", src): out["mla_nb." + m[1]] = p.name.split("_")[0], p, src
     return out
 
 

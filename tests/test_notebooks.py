@@ -61,5 +61,5 @@ def test_papermill_parameters_are_the_fields_of_run():
 
 
 def test_chapter_numbers_are_unique():
-    numbers = [p.name[:2] for p in CHAPTERS if p.name[0].isdigit()]
+    numbers = [p.name.split('_')[0] for p in CHAPTERS if p.name[0].isdigit()]
     assert len(numbers) == len(set(numbers))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log_spectrogram', 'log_mel', 'fbank', 'tile', 'excerpt', 'Standardise', 'LogMel', 'audio_prep', 'conv', 'SmallCNN',
-           'with_prep', 'small_audio', 'resnet18_trunk', 'resnet18_audio', 'decode_wave', 'load_wave']
+           'with_prep', 'small_audio', 'resnet18_trunk', 'resnet18_audio', 'file_problem', 'decode_wave', 'load_wave']
 
 # %% ../../nbs/02_audio.ipynb #2b07ccb7
 import math
@@ -160,17 +160,21 @@ def resnet18_audio(mod:Modality, items=None, prep=None):
     "ResNet-18 on one-channel spectrograms; 11 million parameters"
     return with_prep(resnet18_trunk(1), audio_prep(mod, items, prep))
 
-# %% ../../nbs/02_audio.ipynb #e0971f24
-def _problem(data:bytes)->str:
-    "What is wrong with the bytes of a recording, if it can be seen without decoding"
-    promised = int.from_bytes(data[4:8], 'little') + 8
-    if not data: return "the file is empty; fetch it again."
-    if data.startswith(b'version https://git-lfs'): return "this is a git-lfs pointer, not the recording itself; run `git lfs pull` in its repository."
-    if data[:4] == b'RIFF' and len(data) < promised < 2**32:        # writers that stream put 2**32-1
-        return f"the recording is cut short ({len(data)} of {promised} bytes); fetch it again."
+# %% ../../nbs/02_audio.ipynb #7066354e
+def file_problem(
+    data:bytes,             # of a media file; its first kilobyte will do
+    size:int|None=None,     # bytes of the whole file, if `data` is only its beginning
+    what:str='recording',   # what it should be
+)->str:                     # '' if nothing is wrong
+    "What is wrong with a media file, if it can be seen without decoding"
+    promised, size = int.from_bytes(data[4:8], 'little') + 8, len(data) if size is None else size
+    if not size: return "the file is empty; fetch it again."
+    if data.startswith(b'version https://git-lfs'): return f"this is a git-lfs pointer, not the {what} itself; run `git lfs pull` in its repository."
+    if data[:4] == b'RIFF' and size < promised < 2**32:             # writers that stream put 2**32-1
+        return f"the {what} is cut short ({size} of {promised} bytes); fetch it again."
     return ''
 
-# %% ../../nbs/02_audio.ipynb #74b39594
+# %% ../../nbs/02_audio.ipynb #5fd6dd18
 def decode_wave(
     data:bytes,             # of an audio file
     rate:int|None=None,     # Hz to resample to; None: as recorded
@@ -178,7 +182,7 @@ def decode_wave(
 ):                          # (T,) float32 waveform, rate in Hz
     "A recording as a mono waveform; anything unreadable is an `InputError` that says why"
     import io, soundfile as sf
-    if problem := _problem(data): raise InputError(f"{name}: {problem}")
+    if problem := file_problem(data): raise InputError(f"{name}: {problem}")
     try: x, found = sf.read(io.BytesIO(data), dtype='float32', always_2d=True)
     except sf.LibsndfileError as e:
         raise InputError(f"{name}: not a readable recording ({e.error_string.rstrip('.').lower()}); wav, flac, ogg and mp3 are read; fetch it again or convert it.") from e

@@ -42,7 +42,7 @@ class Pixels:
         mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         return (x - mean) / std
 
-# %% ../../nbs/03_visual.ipynb #963aed5b
+# %% ../../nbs/03_visual.ipynb #944b1efd
 def encode_image(
     x,                      # (3,H,W) or (H,W) uint8
     format:str='PNG',       # lossless; 'JPEG' is smaller
@@ -60,6 +60,7 @@ def decode_image(
 ):                          # (3,H,W) uint8
     "The pixels of an image file; anything unreadable is an `InputError` that says why"
     from PIL import Image
+    if problem := file_problem(data, what='image'): raise InputError(f"{name}: {problem}")
     try: x = np.array(Image.open(io.BytesIO(data)).convert('RGB'))
     except (OSError, SyntaxError, ValueError) as e:
         raise InputError(f"{name}: not a readable image ({len(data)} bytes; {str(e).split('<')[0].strip()}); fetch it again or leave it out.") from e
