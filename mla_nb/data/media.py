@@ -330,29 +330,44 @@ def summary(folder)->str:
         lines += [f"left out: {sum(meta['skipped'].values())}, listed in {folder}/skipped.csv"] + [f'  {n} × {reason}' for reason, n in why.most_common(5)]
     return '\n'.join(lines)
 
-# %% ../../nbs/data/19b_media.ipynb #50a8c38d
-def media_parser(name:str, doc:str, splits:str, **defaults):
-    "The command line that all preparation scripts share"
+# %% ../../nbs/data/19b_media.ipynb #30a3a259
+HELP = dict(audio=f"what is made of sound: {', '.join(FEATURES)}", seconds='of sound per clip', fps='frames stored per second of video', frames='frames that a sample shows',
+            size='pixels along a side', seed='of random splits and of where long clips are cut')
+
+def media_parser(name:str, doc:str, splits:str, **extra):
+    "The command line that all preparation scripts share; `extra` are further options: name -> (default, help)"
     import argparse
     p = argparse.ArgumentParser(f'prepare_{name}', description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument('--root', metavar='DIR', help='the unpacked download')
-    p.add_argument('--miniature', action='store_true', help='make a small made dataset in the official layout instead, and prepare that')
-    p.add_argument('--split', nargs='+', default=['random'], metavar='HOW', help=f'{splits}; or files: TRAIN TEST, or TRAIN VALID TEST (default: random)')
-    p.add_argument('--absent', default='error', choices=['error', 'skip'], help='what to do about ids in split files that are not there')
-    for k, v in {**media_options(), **defaults}.items(): p.add_argument(f'--{k}', type=type(v), default=v, help=HELP[k] + f' (default: {v})')
+    where = p.add_mutually_exclusive_group(required=True)
+    where.add_argument('--root', metavar='DIR', help='the unpacked download')
+    where.add_argument('--miniature', action='store_true', help='make a small made dataset in the official layout instead, and prepare that as NAME-miniature')
+    p.add_argument('--split', nargs='+', default=['random'], metavar='HOW', help=f"'random'{splits}; or files: TRAIN TEST, or TRAIN VALID TEST (default: random)")
+    p.add_argument('--absent', default='error', choices=['error', 'skip'], help='what to do about ids in split files that are not there (default: error)')
+    for k, (v, text) in {**{k: (v, HELP[k]) for k, v in media_options().items()}, **extra}.items(): p.add_argument(f'--{k}', type=type(v), metavar=type(v).__name__.upper(), help=f'{text} (default: {v})')
     p.add_argument('--data', default='data', metavar='DIR', help='where prepared datasets live (default: data)')
-    p.add_argument('--variant', default='', help="a name, to keep it beside others: data/NAME-VARIANT")
+    p.add_argument('--variant', default='', metavar='NAME', help=f'keep it beside others, as {name}-NAME')
     p.add_argument('--out', metavar='DIR', help='a folder of its own instead')
-    p.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes (default: one per core)')
+    p.add_argument('--workers', type=int, default=os.cpu_count() or 1, metavar='N', help='processes (default: one per core)')
     p.add_argument('--force', action='store_true', help='replace a dataset that was prepared differently')
     return p
 
-HELP = dict(audio=f"what is made of sound: {', '.join(FEATURES)}", seconds='of sound per clip', fps='frames stored per second of video', frames='frames that a sample shows',
-            size='pixels along a side', seed='of random splits and of where long clips are cut', labels='how labels are made', faces='frames: whole picture or speaker')
-
-def media_main(name:str, run, argv=None):
-    "Run a preparation script; everything a user can do wrong is one sentence"
-    try: out = run(sys.argv[1:] if argv is None else argv)
+def media_main(
+    name:str, doc:str,
+    prepare_it,         # root, split, and the options -> the folder made
+    miniature,          # name, folder -> a made dataset in the official layout
+    splits:str='',      # further words for --split
+    argv=None, **extra, # of `media_parser`
+):
+    "A preparation script; everything a user can do wrong is one sentence"
+    a = vars(media_parser(name, doc, splits, **extra).parse_args(argv))
+    root, made = a.pop('root'), a.pop('miniature')
+    a = {k: v for k, v in a.items() if v is not None}
+    try:
+        if made:
+            root = miniature(name, Path(a['data'])/'raw'/f'{name}-miniature')
+            a = {'audio': 'log_mel', 'seconds': 1.5, 'size': 48, **a, 'variant': a['variant'] or 'miniature'}
+            print(f'{root}: a made miniature of {name}; nothing in it was recorded')
+        out = prepare_it(root, **a)
     except InputError as e: sys.exit(f'prepare_{name}: {e}')
     except BrokenProcessPool: sys.exit(f'prepare_{name}: a process died (killed, or out of memory); the same command goes on where it stopped, with fewer --workers perhaps further')
     except OSError as e: sys.exit(f'prepare_{name}: cannot read or write {e.filename}: {e.strerror}; choose another --data or --out, or make room there')
