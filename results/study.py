@@ -18,8 +18,8 @@ from mla_nb.fusion import make_rule, released_gate
 from mla_nb.learner import fuse
 
 HERE, ROOT = Path(__file__).parent, "runs/study"
-DATA = {"lazy": "synthetic(preset=lazy)", "digits, new voices": "digits(split=speaker,image_noise=.5)",
-        "digits, known voices": "digits(split=official,image_noise=.5)", "balanced": "synthetic(preset=balanced)"}
+DATA = {"lazy": "synthetic(preset=lazy)", "balanced": "synthetic(preset=balanced)",
+        "digits, new voices": "digits(split=speaker,image_noise=.5)", "digits, known voices": "digits(split=official,image_noise=.5)"}
 METHODS = "concat,sum,film,gated,ogm,ogm_ge,qmf,unimodal,ensemble,mla_fixed,mla,mla_released,mla_frozen"
 VARIANTS = ["mla(projection=False)", "mla(norm=True)", "mla(when=update_first)", "mla(rescale=True)",
             *(f"mla(projection=False,head_step={x})" for x in (.03, .1, .3))]
