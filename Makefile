@@ -1,6 +1,8 @@
 # Every target sets up what it needs; nothing is redone unless its inputs changed.
 #   make demo                     concat and mla on the embedded dataset: two executed notebooks and a table
 #   make demo DATASET=digits ARCHIVE=free-spoken-digit-dataset.zip      the same on real recordings
+#   make demo DATASET=cremad [ROOT=CREMA-D]     the same on CREMA-D, or without ROOT on a made miniature of it;
+#                                               also food101, mvsa, iemocap, kinetics
 #   make test                     every test, and every chapter
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -24,10 +26,19 @@ DIGITS  := --split speaker --image_noise 0.5
 ifeq ($(DATASET),digits)
 DATASET_ARGS ?= split=speaker,image_noise=0.5
 endif
+# the datasets that a preparation script makes from an official download, or from a made miniature of it
+MEDIA := cremad food101 mvsa iemocap kinetics
+ifneq ($(filter $(DATASET),$(MEDIA)),)
+LR ?= 0.1
+DATASET_ARGS ?= $(if $(ROOT),,variant=miniature)
+BATCH ?= $(if $(ROOT),64,16)
+endif
+SPLIT ?=
+TRAIN := $(if $(LR),-p lr $(LR)) $(if $(BATCH),-p batch_size $(BATCH))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help setup demo prepare-synthetic prepare-digits test lab chapter export clean readme check-python lock benchmark results
+.PHONY: help setup demo prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test lab chapter export clean readme check-python lock benchmark results
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -51,7 +62,7 @@ demo: prepare-$(DATASET) ## concat and mla, start to end: executed notebooks in 
 	@set -e; for m in $(METHODS); do \
 	  echo "== $$m on $(DATASET): $(DEMO)/$(DATASET)-$$m.ipynb"; \
 	  $(BIN)/python -m papermill --log-level WARNING --progress-bar nbs/experiments/run.ipynb $(DEMO)/$(DATASET)-$$m.ipynb -k python3 \
-	    -p dataset $(DATASET) -p method $$m -p encoder '$(ENCODER)' -p epochs $(EPOCHS) -p seed $(SEED) \
+	    -p dataset $(DATASET) -p method $$m -p encoder '$(ENCODER)' -p epochs $(EPOCHS) -p seed $(SEED) $(TRAIN) \
 	    -r dataset_args '$(DATASET_ARGS)' -p root $(DEMO)/$(DATASET); \
 	done
 	@echo; $(BIN)/mla_table $(DEMO)/$(DATASET)
@@ -61,6 +72,8 @@ prepare-digits: $(READY)
 	$(if $(ARCHIVE)$(ROOT)$(DOWNLOAD),$(BIN)/python data_scripts/prepare_digits.py $(DIGITS) \
 	  $(if $(ARCHIVE),--archive '$(ARCHIVE)',$(if $(ROOT),--root '$(ROOT)',--download)),\
 	  @test -e data/digits-speaker-noise0.5/dataset.json || { echo "make demo DATASET=digits needs the recordings: add ARCHIVE=FILE.zip, ROOT=DIR or DOWNLOAD=1 (see data_scripts/prepare_digits.py)"; exit 1; })
+$(MEDIA:%=prepare-%): prepare-%: $(READY)
+	$(BIN)/python data_scripts/prepare_$*.py $(if $(ROOT),--root '$(ROOT)' $(if $(SPLIT),--split $(SPLIT)),--miniature)
 prepare-%: $(READY)
 	@$(BIN)/python -c "from mla_nb.core import *; discover(); raise SystemExit(str(unknown('dataset', '$*', datasets)))"
 
@@ -84,6 +97,11 @@ clean: $(READY) ## store the notebooks without execution counts and stray metada
 benchmark: $(READY) ## the cost of a step, against the bare encoders, and of every method
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/input.py
+gpu: $(READY) ## every dataset's preset at full size for two epochs, into results/gpu.json (on a machine with a GPU)
+	$(BIN)/python benchmarks/gpu.py
+params: $(READY) ## parameter files for papermill, one per dataset and method
+	$(BIN)/python tools/params.py
 results: $(READY) ## every run behind the tables, about 1.5 hours: make results ARCHIVE=FILE.zip
 	$(if $(ARCHIVE),,@echo "which recordings? make results ARCHIVE=FILE.zip"; exit 1)
 	$(BIN)/python results/study.py '$(ARCHIVE)' $(WORKERS)

@@ -131,7 +131,7 @@ def check_head(
             swapped = head({m: z[m] for m in reversed(sub)})
             assert torch.allclose(out, swapped, atol=1e-5), f"{head_class.__name__} depends on the order of {sub}"
 
-# %% ../nbs/05_heads.ipynb #b171e835
+# %% ../nbs/05_heads.ipynb #05607a11
 class Net(nn.Module):
     "Encoders by modality, and a head"
     def __init__(self, encs:dict, head:Head):
@@ -144,7 +144,9 @@ class Net(nn.Module):
         "(n,D) features of modality `m`, made from its present rows (None: all)"
         enc, alone = self.encs[m], self.training and (n if rows is None else len(rows)) == 1
         if alone: enc.eval()        # one row has no batch statistics
-        z = enc(x if rows is None else take(x, rows))
+        x = x if rows is None else take(x, rows)
+        if getattr(x, 'dtype', None) == torch.uint8: x = enc.prep.finish(x)     # pictures travel as bytes
+        z = enc(x)
         if alone: enc.train()
         if m in self.adapters: z = self.adapters[m](z)
         return z if rows is None else z.new_zeros(n, z.shape[1]).index_copy(0, rows.to(z.device), z)

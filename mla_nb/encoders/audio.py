@@ -6,18 +6,18 @@
 __all__ = ['log_spectrogram', 'log_mel', 'fbank', 'tile', 'excerpt', 'Standardise', 'LogMel', 'audio_prep', 'conv', 'SmallCNN',
            'with_prep', 'small_audio', 'resnet18_trunk', 'resnet18_audio', 'file_problem', 'decode_wave', 'load_wave']
 
-# %% ../../nbs/02_audio.ipynb #2b07ccb7
+# %% ../../nbs/02_audio.ipynb #1b05631c
 import math
 from dataclasses import dataclass, asdict
 from pathlib import Path
 
-import torch
+import numpy as np, torch
 from torch import nn
 import torch.nn.functional as F
 
 from ..core import *
 
-# %% ../../nbs/02_audio.ipynb #9d80dfa9
+# %% ../../nbs/02_audio.ipynb #da330bb2
 def log_spectrogram(
     wave,           # (…,T) waveform
     n_fft:int=256,  # samples per frame: window and FFT
@@ -26,7 +26,9 @@ def log_spectrogram(
 ):                  # (…, n_fft//2+1, 1 + T//hop)
     "log(|STFT| + eps) with a periodic Hann window and centred, zero-padded frames"
     window = torch.hann_window(n_fft, dtype=wave.dtype, device=wave.device)
-    return (torch.stft(wave, n_fft, hop, window=window, pad_mode='constant', return_complex=True).abs() + eps).log()
+    s = torch.stft(wave, n_fft, hop, window=window, pad_mode='constant', return_complex=True)
+    if s.requires_grad or s.device.type != 'cpu': return (s.abs() + eps).log()
+    return torch.from_numpy(np.log(np.abs(s.numpy()) + eps))        # NumPy is several times as fast at this on a CPU
 
 # %% ../../nbs/02_audio.ipynb #20339954
 def log_mel(
