@@ -167,7 +167,7 @@ def _finish(part, out, plan, todo):
     if out.exists(): shutil.rmtree(out)
     part.rename(out)
 
-# %% ../../nbs/data/19_prepared.ipynb #e58f00f1
+# %% ../../nbs/data/19_prepared.ipynb #120413c1
 class Prepared(Dataset):
     "A split of a prepared dataset, mapped into memory"
     def __init__(self, files:list, modalities:dict):
@@ -188,6 +188,10 @@ class Prepared(Dataset):
     def column(self, m:str)->list:
         "What the samples hold of modality `m`, without the gaps"
         return [unpack(v, self.modalities[m], n) for v, n in zip(self.ds[m][:], self.ids) if v is not None]
+
+    def has(self, m:str)->torch.Tensor:
+        "(N,) bool: which samples hold modality `m`; no item is read for that"
+        return torch.from_numpy(self.ds.data.column(m).is_valid().to_numpy())
 
 # %% ../../nbs/data/19_prepared.ipynb #1faebea4
 def load_prepared(
