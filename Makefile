@@ -106,5 +106,6 @@ results: $(READY) ## every run behind the tables, about 1.5 hours: make results 
 	$(if $(ARCHIVE),,@echo "which recordings? make results ARCHIVE=FILE.zip"; exit 1)
 	$(BIN)/python results/study.py '$(ARCHIVE)' $(WORKERS)
 	$(BIN)/python results/ablation.py '$(ARCHIVE)' $(WORKERS)
+	$(BIN)/python results/missing.py $(WORKERS)
 lock: $(DEPS) ## constraints.txt from requirements.in
 	$(BIN)/uv pip compile -q --no-annotate --no-header --upgrade --python $(BIN)/python requirements.in -o constraints.txt

@@ -103,7 +103,7 @@ def discover(
     for name in found: importlib.import_module(name)
     return found
 
-# %% ../nbs/00_core.ipynb #b34cca07
+# %% ../nbs/00_core.ipynb #2b806a8e
 class Samples(Dataset):
     "A split in memory: `x[m][i]` is a waveform, an image, a sentence … or None"
     def __init__(self,
@@ -122,6 +122,10 @@ class Samples(Dataset):
     def column(self, m:str)->list:
         "What the samples hold of modality `m`, without the gaps"
         return [v for v in self.x[m] if v is not None]
+
+    def has(self, m:str)->torch.Tensor:
+        "(N,) bool: which samples hold modality `m`"
+        return tensor([v is not None for v in self.x[m]])
 
 # %% ../nbs/00_core.ipynb #c78fdf58
 FORMS = dict(audio=('wave', 'features'), visual=('image', 'frames'), text=('text',))

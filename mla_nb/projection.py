@@ -44,7 +44,7 @@ def epoch_lambda(
     "λ = 0.1 ** (step/steps + 1), the schedule of the released code"
     return .1 ** (step / steps + 1)
 
-# %% ../nbs/10_projection.ipynb #acea8db9
+# %% ../nbs/10_projection.ipynb #98927ca3
 class GradProjection(Callback):
     "Project the shared head's weight gradient away from earlier turns (MLA, arXiv 2311.10707, section 3.2); biases are left alone"
     def __init__(self,
@@ -65,7 +65,8 @@ class GradProjection(Callback):
             raise InputError(f"GradProjection edits the one linear layer of a SharedHead; {type(learn.net.head).__name__} has none that modalities share.")
 
     def update(self, learn):
-        z = torch.cat([*learn.z.values()]) if len(learn.z) > 1 else next(iter(learn.z.values()))
+        here = {m: learn.turn.rows(m) for m in learn.z}         # rows that are absent say nothing
+        z = torch.cat([v if here[m] is None else take(v, here[m]) for m, v in learn.z.items()])
         r = learn.average(z.detach().mean(0).to(self.P.dtype))
         self.P = update_projection(self.P, r, self.lam(learn.step, len(learn.dls.train)), self.denominator, self.norm)
 

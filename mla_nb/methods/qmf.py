@@ -30,24 +30,26 @@ def rank_loss(
     gap = history - history.roll(-1)
     return (gap.sign() * (conf - conf.roll(-1)) - gap.abs()).clamp(min=0).mean()
 
-# %% ../../nbs/08_confidence.ipynb #81542a2a
+# %% ../../nbs/08_confidence.ipynb #eb42a4fd
 class QMFLoss(Callback):
     "The loss of QMF, with the history it keeps (arXiv 2306.02050); both a `loss` and an edit of a `Method`"
     def __init__(self,
         branch:str='av',            # 'av' or 'm3ae': which published sum of terms
     ):
         if branch not in ('av', 'm3ae'): raise unknown('branch of QMF', branch, ['av', 'm3ae'])
-        self.branch, self.history = branch, None
+        self.branch, self.history, self.later = branch, None, False      # later: after the first epoch
 
     def before_fit(self, learn):
         "One number per modality and training sample"
         if self.history is None: self.history = {m: torch.zeros(learn.dls.sampler.n) for m in learn.net.encs}
 
     def remember(self, m, rows, ce):
-        "Add this turn's losses to the history; returns those of the rows, scaled to 0…1 over all samples"
+        "Add this turn's losses to the history; returns those of the rows, scaled to 0…1 over all samples that have the modality"
         h = self.history[m] = self.history[m].to(ce.device, ce.dtype)
         h[rows] += ce
-        return (h[rows] - h.min()) / (h.max() - h.min()).clamp(min=1e-12)
+        met = h[h > 0] if self.later else h             # who was never met by now never will be: it lacks the modality
+        low, high = (met.min(), met.max()) if len(met) else (0., h.max())
+        return (h[rows] - low) / (high - low).clamp(min=1e-12)
 
     def terms(self, logits, y, idx, present):
         "Per modality, over the rows that have it: cross-entropies (B,), ranking loss"
@@ -59,7 +61,7 @@ class QMFLoss(Callback):
         return ces, ranks
 
     def __call__(self, learn):
-        t = learn.turn
+        t, self.later = learn.turn, learn.epoch > 0
         logits = {m: learn.net.head({m: z}) for m, z in learn.z.items()}
         ces, ranks = self.terms(logits, t.y, t.idx, t.present)
         if self.branch == 'm3ae': return sum(ces.values()) + sum(ranks.values())
