@@ -10,7 +10,7 @@ __all__ = ['PRESET', 'LIMITS', 'Checked', 'Run', 'parse_args', 'make_dataset', '
            'with_options', 'seed_list', 'plan', 'attempt', 'grid', 'tune', 'compared', 'plot_compared', 'plot_curves',
            'costs', 'parse', 'main', 'table_main', 'grid_main']
 
-# %% ../nbs/15_experiments.ipynb #0a67e9f7
+# %% ../nbs/15_experiments.ipynb #a0949d8d
 import argparse, ast, hashlib, json, math, os, platform, re, shutil, subprocess, sys, warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,10 +26,11 @@ from .core import *
 from .heads import *
 from .learner import *
 from .fusion import *
+from .missing import FILLS, rate_text, with_missing
 from .evaluation import calibrated, temperatures
 
-# %% ../nbs/15_experiments.ipynb #d7599ec0
-def _opt(default, help, where=False): return field(default=default, metadata=dict(help=help, where=where))
+# %% ../nbs/15_experiments.ipynb #499f6dcf
+def _opt(default, help, where=False, read=None, later=False): return field(default=default, metadata=dict(help=help, where=where, read=read, later=later))
 
 class Checked:
     "A frozen dataclass that refuses names it does not have, values of the wrong type and values out of their limits"
@@ -44,7 +45,7 @@ class Checked:
             for n in names.split():
                 if not ok(getattr(self, n)): raise InputError(f"{n}={getattr(self, n)!r}: must be {allowed}; the default is {PRESET.get(n, self.__dataclass_fields__[n].default)!r}.")
 
-# %% ../nbs/15_experiments.ipynb #fa57324e
+# %% ../nbs/15_experiments.ipynb #a989376a
 PRESET = dict(encoder='small', epochs=20, batch_size=64, lr=.1)
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Run(Checked):
     "One training run, complete. Unknown names and wrong types are refused."
     dataset: str = _opt('synthetic', 'a registered dataset')
     dataset_args: dict = _opt('', "its options, e.g. 'preset=balanced,n_train=600'")
+    missing: str = _opt('', "rate at which training and validation samples lose modalities: '0.5', or 'audio=.5,text=.2'", read=rate_text, later=True)
+    missing_test: str = _opt('', 'the same for test samples', read=rate_text, later=True)
+    missing_fill: str = _opt('skip', "what is there instead: nothing ('skip'), or 'zeros' for comparison", later=True)
     method: str = _opt('mla', 'a registered method')
     method_args: dict = _opt('', "its options, e.g. 'projection=False'")
     encoder: str = _opt(None, "a family of encoders, or one per modality: 'audio=resnet18,image=small'")
@@ -88,13 +92,14 @@ class Run(Checked):
     @property
     def id(self)->str:
         "A folder name that no other configuration has"
-        digest = hashlib.sha256(json.dumps(self.what, sort_keys=True).encode()).hexdigest()[:8]
+        told = {f.name for f in fields(self) if not f.metadata['later'] or getattr(self, f.name) != f.default}
+        digest = hashlib.sha256(json.dumps({k: v for k, v in self.what.items() if k in told}, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.dataset}-{self.method}-{re.sub('[^a-z0-9]+', '_', self.encoder.lower())}-s{self.seed}-{digest}"
 
     @property
     def folder(self)->Path: return Path(self.root)/(self.name or self.id)
 
-# %% ../nbs/15_experiments.ipynb #cc2c7566
+# %% ../nbs/15_experiments.ipynb #4624ad5c
 LIMITS = [('epochs batch_size', lambda v: v >= 1, 'a whole number of at least 1'),
           ('lr', lambda v: 0 < v < math.inf, 'a number above 0'),
           ('momentum', lambda v: 0 <= v < 1, 'a number from 0 to below 1'),
@@ -104,6 +109,7 @@ LIMITS = [('epochs batch_size', lambda v: v >= 1, 'a whole number of at least 1'
           ('optimizer', lambda v: v in ('sgd', 'adamw'), "'sgd' or 'adamw'"),
           ('schedule', lambda v: v in Schedule.shapes, f"one of {', '.join(Schedule.shapes)}"),
           ('temperature', lambda v: v in ('', 'validation'), "'validation' or nothing"),
+          ('missing_fill', lambda v: v in FILLS, "'skip' or 'zeros'"),
           ('precision', lambda v: v in ('no', 'bf16'), "'no' or 'bf16'"),
           ('device', lambda v: v in ('auto', 'cpu'), "'auto' (a GPU where there is one) or 'cpu'"),
           ('name', lambda v: not re.search(r'[/\\]|^\.', v), 'a plain folder name, without slashes')]
@@ -111,6 +117,7 @@ LIMITS = [('epochs batch_size', lambda v: v >= 1, 'a whole number of at least 1'
 def _typed(f, v):
     "The value of a field in its type"
     kind = f.type if isinstance(f.type, str) else f.type.__name__
+    if f.metadata['read']: return f.metadata['read'](v, f.name)
     if v is None and f.default is None: return v
     try:
         if kind == 'dict': return parse_args(v)
@@ -139,11 +146,12 @@ def parse_args(
         except (ValueError, SyntaxError): out[k] = dict(true=True, false=False, none=None).get(value.lower(), value)
     return out
 
-# %% ../nbs/15_experiments.ipynb #0670faf1
+# %% ../nbs/15_experiments.ipynb #a721c099
 def make_dataset(cfg:Run)->Splits:
-    "The dataset of a run"
+    "The dataset of a run, less what is to be missing"
     discover()
-    return check_splits(call(datasets[cfg.dataset], cfg.dataset_args, seed=cfg.seed, data=cfg.data))
+    s = check_splits(call(datasets[cfg.dataset], cfg.dataset_args, seed=cfg.seed, data=cfg.data))
+    return with_missing(s, cfg.missing, cfg.missing_test, cfg.seed, cfg.missing_fill)
 
 def make_method(cfg:Run)->Method:
     "The method of a run, with its rule"
@@ -289,7 +297,7 @@ def environment()->dict:
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', threads=torch.get_num_threads(),
                 commit=git.stdout.strip() if git and git.returncode == 0 else None)
 
-# %% ../nbs/15_experiments.ipynb #2f4ff743
+# %% ../nbs/15_experiments.ipynb #d6df70b8
 def data_checksum(
     cfg:Run,
 )->str|None:    # None: made on the fly from its options, or not there
@@ -308,14 +316,14 @@ def claim(
             raise InputError(f"{cfg.folder} holds files but no config.json, so it is not the folder of a run; choose another name or root.")
         return None
     about = read_json(config, ['run', 'data'], todo)
-    theirs = about['run']
+    theirs = {**asdict(Run()), **about['run']}           # a field that came later was at its default
     odd = [k for k, v in json.loads(json.dumps(cfg.what)).items() if theirs.get(k) != v]
     if odd: raise InputError(f"{cfg.folder} belongs to another configuration: {odd[0]} is {theirs.get(odd[0])!r} there and {cfg.what[odd[0]]!r} here; choose another name, or remove that folder.")
     if about['data'] and (now := data_checksum(cfg)) and now != about['data']:
         raise InputError(f"{cfg.folder} was trained on another version of the dataset {cfg.dataset!r} than is in {cfg.data} now; choose another name or root, or {todo}.")
     return read_json(done, ['id', 'run', 'test', 'valid'], todo) if done.exists() else None
 
-# %% ../nbs/15_experiments.ipynb #249205f8
+# %% ../nbs/15_experiments.ipynb #def54819
 def build(
     cfg:Run, s:Splits,
     preps=None,     # stored preps, when resuming
@@ -326,6 +334,8 @@ def build(
         if m not in s.modalities: raise unknown('modality', m, s.modalities)
     mods = {m: mod for m, mod in s.modalities.items() if m in (method.modalities or s.modalities)}
     names = encoder_names(cfg.encoder, mods)
+    gaps = [m for m in mods if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not s.train.has(m).all()]
+    if gaps: raise InputError(f"some training samples lack {gaps[0]}: the processes would disagree about who has a turn, so this trains on one process only; start it without torchrun.")
     if method.rule: make_rule(method.rule)(torch.zeros(len(mods), 1, len(s.classes)), torch.ones(len(mods), 1, dtype=torch.bool))   # does it take so many?
     set_seed(cfg.seed)
     net = make_net(method.head, make_encoders(names, s, preps), len(s.classes))
@@ -504,7 +514,7 @@ def show_samples(
     fig.tight_layout()
     return rows
 
-# %% ../nbs/15_experiments.ipynb #0e181f10
+# %% ../nbs/15_experiments.ipynb #a38a8b33
 def results(
     root='runs',    # folder of runs
 )->list[dict]:      # what their result.json hold, and the 'folder' each lies in
@@ -518,7 +528,7 @@ def results(
 
 def _variant(r):
     "What a row of the table stands for: everything but the seed"
-    what = {k: v for k, v in r['run'].items() if k != 'seed'}
+    what = {k: v for k, v in {**asdict(Run()), **r['run']}.items() if k in Run().what and k != 'seed'}
     return json.dumps(what, sort_keys=True)
 
 def _base(what)->dict:
@@ -534,9 +544,10 @@ def table(
     mods = list(dict.fromkeys(m for r in found for m in r['test']['accuracy'] if m != 'fused'))
     lines, bounds = [f"| dataset | method | n | fused | {' | '.join(mods)} |", '|---' * (4 + len(mods)) + '|'], {}
     for rows in groups.values():
-        what, base = rows[0]['run'], _base(rows[0]['run'])
+        base = _base(rows[0]['run'])
+        what = {**base, **rows[0]['run']}
         args = lambda name: ', '.join(f'{k}={v}' for k, v in what[name].items())
-        odd = [f'{k}={what[k]}' for k in ('encoder', 'rule', 'temperature', 'epochs', 'batch_size', 'lr', 'optimizer', 'schedule', 'precision') if what[k] != base[k]]
+        odd = [f'{k}={what[k]}' for k in ('missing', 'missing_test', 'missing_fill', 'encoder', 'rule', 'temperature', 'epochs', 'batch_size', 'lr', 'optimizer', 'schedule', 'precision') if what[k] != base[k]]
         data = ' '.join(filter(None, [what['dataset'], args('dataset_args')]))
         name = ' '.join(filter(None, [what['method'], args('method_args'), ', '.join(odd)]))
         cells = [_mean_sd([r['test']['accuracy'].get(m) for r in rows]) for m in ['fused', *mods]]
@@ -549,7 +560,7 @@ def _mean_sd(values):
     v = torch.tensor([100 * x for x in values if x is not None], dtype=torch.double)
     return '–' if not len(v) else f'{v.mean():.1f}' + (f' ± {v.std():.1f}' if len(v) > 1 else '')
 
-# %% ../nbs/15_experiments.ipynb #cbfb59a8
+# %% ../nbs/15_experiments.ipynb #9f30a367
 def split_list(
     v,          # 'a,b(x=1,y=2)', or a list
 )->list:
@@ -582,6 +593,7 @@ def plan(
     runs, seeds = [], seed_list(seeds)
     for d, options in map(with_options, split_list(datasets)):
         base = Run(dataset=d, dataset_args=options, **common)
+        if base.missing or base.missing_test: make_dataset(base)        # has it these modalities?
         for m, args in map(with_options, split_list(methods)):
             each = [dict(modality=k) for k in make_dataset(base).modalities] if m == 'unimodal' and not args else [args]
             runs += [replace(base, method=m, method_args=a, seed=s) for a in each for s in seeds]
@@ -668,7 +680,7 @@ def tune(
             for k, c in groups.items() for lr in lrs]
     return [replace(c, lr=best[key(c)]) for c in runs], rows
 
-# %% ../nbs/15_experiments.ipynb #9c61d732
+# %% ../nbs/15_experiments.ipynb #6a03449f
 def _options(args): return '(' + ', '.join(f'{k}={v}' for k, v in args.items()) + ')' if args else ''
 
 def compared(
@@ -678,9 +690,9 @@ def compared(
     "The runs below a folder, by dataset and method"
     out = defaultdict(lambda: defaultdict(list))
     for r in results(root):
-        what = r['run']
+        what = {**asdict(Run()), **r['run']}
         if dataset and what['dataset'] != dataset: continue
-        odd = ''.join(f' {k}={what[k]}' for k in ('rule', 'temperature', 'encoder') if what[k] != _base(what)[k])
+        odd = ''.join(f' {k}={what[k]}' for k in ('missing', 'missing_test', 'missing_fill', 'rule', 'temperature', 'encoder') if what[k] != _base(what)[k])
         out[what['dataset'] + _options(what['dataset_args'])][what['method'] + _options(what['method_args']) + odd].append(r)
     if not out: raise InputError(f"root={str(root)!r}: no finished run{f' on {dataset}' if dataset else ''} there; make some with mla_grid, or name another folder.")
     return out

@@ -91,7 +91,7 @@ class Shuffle(Sampler):
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         yield from torch.randperm(self.n, generator=g).tolist()
 
-# %% ../nbs/06_learner.ipynb #b7c9f752
+# %% ../nbs/06_learner.ipynb #a08daa04
 @dataclass
 class Loaders:
     "Batches of the three splits, and the order of training"
@@ -112,7 +112,8 @@ def loaders(
     "DataLoaders of a dataset"
     sampler, make = Shuffle(len(s.train), seed), partial(collate, preps=preps)
     def loader(part, **kw):
-        if nbytes(make([part[0]])) * len(part) <= ready: return DataLoader(Ready(part, preps), collate_fn=_as_is, pin_memory=pin, **kw)
+        few = [part[i] for i in range(min(16, len(part)))]              # the first one alone may lack what takes most room
+        if nbytes(make(few)) * len(part) <= ready * len(few): return DataLoader(Ready(part, preps), collate_fn=_as_is, pin_memory=pin, **kw)
         return DataLoader(part, collate_fn=partial(collate, preps=preps and {m: getattr(p, 'pack', p) for m, p in preps.items()}), pin_memory=pin, num_workers=workers, persistent_workers=workers > 0, **kw)
     last_of_one = len(s.train) % batch_size == 1 and len(s.train) > 1       # batch norm cannot train on one row
     return Loaders(loader(s.train, batch_size=batch_size, sampler=sampler, drop_last=last_of_one),

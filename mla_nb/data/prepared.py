@@ -224,7 +224,7 @@ def _finish(part, out, plan, todo):
     if out.exists(): shutil.rmtree(out)
     part.rename(out)
 
-# %% ../../nbs/data/19_prepared.ipynb #5aaade9d
+# %% ../../nbs/data/19_prepared.ipynb #6a3615f7
 class Prepared(Dataset):
     "A split of a prepared dataset, mapped into memory"
     def __init__(self, files:list, modalities:dict):
@@ -246,11 +246,15 @@ class Prepared(Dataset):
         "What the samples hold of modality `m`, without the gaps"
         return Column(self, m)
 
+    def has(self, m:str)->torch.Tensor:
+        "(N,) bool: which samples hold modality `m`; no item is read for that"
+        return torch.from_numpy(self.ds.data.column(m).is_valid().to_numpy())
+
 class Column:
     "The items of one modality, read when they are asked for"
     def __init__(self, split:Prepared, m:str):
         self.split, self.m = split, m
-        self.rows = [i for i, none in enumerate(split.ds.data.column(m).is_null().to_pylist()) if not none]
+        self.rows = split.has(m).nonzero().squeeze(1).tolist()
 
     def __len__(self): return len(self.rows)
 
