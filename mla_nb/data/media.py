@@ -330,20 +330,21 @@ def summary(folder)->str:
         lines += [f"left out: {sum(meta['skipped'].values())}, listed in {folder}/skipped.csv"] + [f'  {n} × {reason}' for reason, n in why.most_common(5)]
     return '\n'.join(lines)
 
-# %% ../../nbs/data/19b_media.ipynb #30a3a259
+# %% ../../nbs/data/19b_media.ipynb #a8c67020
 HELP = dict(audio=f"what is made of sound: {', '.join(FEATURES)}", seconds='of sound per clip', fps='frames stored per second of video', frames='frames that a sample shows',
             size='pixels along a side', seed='of random splits and of where long clips are cut')
 
-def media_parser(name:str, doc:str, splits:str, **extra):
-    "The command line that all preparation scripts share; `extra` are further options: name -> (default, help)"
+def media_parser(name:str, doc:str, splits:str, default:str='random', **extra):
+    "The command line that all preparation scripts share; `extra` are further options: name -> (default, help), or None for one of `media_options` that means nothing here"
     import argparse
     p = argparse.ArgumentParser(f'prepare_{name}', description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     where = p.add_mutually_exclusive_group(required=True)
     where.add_argument('--root', metavar='DIR', help='the unpacked download')
     where.add_argument('--miniature', action='store_true', help='make a small made dataset in the official layout instead, and prepare that as NAME-miniature')
-    p.add_argument('--split', nargs='+', default=['random'], metavar='HOW', help=f"'random'{splits}; or files: TRAIN TEST, or TRAIN VALID TEST (default: random)")
+    p.add_argument('--split', nargs='+', default=[default], metavar='HOW', help=f"'random'{splits}; or files: TRAIN TEST, or TRAIN VALID TEST (default: {default})")
     p.add_argument('--absent', default='error', choices=['error', 'skip'], help='what to do about ids in split files that are not there (default: error)')
-    for k, (v, text) in {**{k: (v, HELP[k]) for k, v in media_options().items()}, **extra}.items(): p.add_argument(f'--{k}', type=type(v), metavar=type(v).__name__.upper(), help=f'{text} (default: {v})')
+    offered = {**{k: (v, HELP[k]) for k, v in media_options().items()}, **extra}
+    for k, (v, text) in ((k, o) for k, o in offered.items() if o): p.add_argument(f'--{k}', type=type(v), metavar=type(v).__name__.upper(), help=f'{text} (default: {v})')
     p.add_argument('--data', default='data', metavar='DIR', help='where prepared datasets live (default: data)')
     p.add_argument('--variant', default='', metavar='NAME', help=f'keep it beside others, as {name}-NAME')
     p.add_argument('--out', metavar='DIR', help='a folder of its own instead')
@@ -356,10 +357,10 @@ def media_main(
     prepare_it,         # root, split, and the options -> the folder made
     miniature,          # name, folder -> a made dataset in the official layout
     splits:str='',      # further words for --split
-    argv=None, **extra, # of `media_parser`
+    argv=None, default:str='random', **extra,   # of `media_parser`
 ):
     "A preparation script; everything a user can do wrong is one sentence"
-    a = vars(media_parser(name, doc, splits, **extra).parse_args(argv))
+    a = vars(media_parser(name, doc, splits, default, **extra).parse_args(argv))
     root, made = a.pop('root'), a.pop('miniature')
     a = {k: v for k, v in a.items() if v is not None}
     try:

@@ -17,23 +17,24 @@ from .prepared import *
 from .media import *
 from ..encoders.visual import encode_image
 
-# %% ../../nbs/data/19c_miniature.ipynb #d11c10ae
+# %% ../../nbs/data/19c_miniature.ipynb #84ea9a71
 def moods(
     n:int,          # samples, about the same number of each class
     classes:int,    # 2 … 6
     seed:int=0,
     size:int=96,    # pixels along a side of a face
     seconds:float=1.5,  # of sound
+    heard:bool=True,    # with sound, which takes longest to make
 )->list:            # dict(y, audio (T,) at 16 kHz, face (state), text) each
     "People with moods, most of them plainly expressed"
     plain = {f'{m}_{k}': v for m in ('audio', 'visual', 'text') for k, v in dict(expressed=.88, blank=.08).items()}
     knobs = turn_knobs('balanced', **plain, rate=RATE, seconds=seconds, snr=10., words=20)
-    s = render(8 * n, knobs, ('audio', 'text'), np.random.default_rng([seed, 7]))
+    s = render(8 * n, knobs, ('audio', 'text')[not heard:], np.random.default_rng([seed, 7]))
     rng = np.random.default_rng([seed, 8])
     expressed = np.where(rng.random(len(s)) < .9, s.y.numpy(), rng.integers(0, 6, len(s)))
     by = [np.flatnonzero(s.y.numpy() == k) for k in range(classes)]
     rows = [by[i % classes][i // classes] for i in range(n)]
-    return [dict(y=int(s.y[i]), audio=s.x['audio'][i].numpy(), face=int(expressed[i]), text=s.x['text'][i]) for i in rows]
+    return [dict(y=int(s.y[i]), face=int(expressed[i]), text=s.x['text'][i], **(dict(audio=s.x['audio'][i].numpy()) if heard else {})) for i in rows]
 
 def clip_of(
     states,         # one state of the face per second
@@ -57,12 +58,12 @@ def _cremad(root, n, seed):
         sf.write(root/f'AudioWAV/{name}.wav', r['audio'], RATE)
         write_video(root/f'VideoFlash/{name}.flv', clip_of([r['face']] * (2 + i % 2), rng)[:, :, 12:84], 8)
 
-# %% ../../nbs/data/19c_miniature.ipynb #23a97125
+# %% ../../nbs/data/19c_miniature.ipynb #f0bdad35
 FOODS = ['apple_pie', 'baklava', 'ceviche', 'gnocchi', 'pho', 'waffles']
 
 def _food101(root, n, seed):
     rng, titles = np.random.default_rng([seed, 2]), dict(train=[], test=[])
-    for i, r in enumerate(moods(n, 6, seed)):
+    for i, r in enumerate(moods(n, 6, seed, heard=False)):
         split, food = ('test', 'train')[i // 6 % 4 > 0], FOODS[r['y']]
         name = f'{food}_{i // 6}.jpg'
         (root/f'images/{split}/{food}').mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,7 @@ POLARITY = ['positive', 'neutral', 'negative']
 def _mvsa(root, n, seed):
     rng, lines = np.random.default_rng([seed, 3]), ['ID\ttext,image']
     (root/'data').mkdir(parents=True)
-    for i, r in enumerate(moods(n, 3, seed), 1):
+    for i, r in enumerate(moods(n, 3, seed, heard=False), 1):
         text = f"RT @someone: {r['text']} “really” #café"
         (root/f'data/{i}.txt').write_bytes(text.encode('cp1252' if i % 3 == 0 else 'utf-8'))
         (root/f'data/{i}.jpg').write_bytes(encode_image(clip_of([r['face']], rng, 1)[0].transpose(2, 0, 1), 'JPEG'))

@@ -151,14 +151,14 @@ def verify(
         if not quick and sha256(path) != sha: raise InputError(f"{path} is damaged: its checksum is wrong; prepare the dataset again with --force.")
     return meta
 
-# %% ../../nbs/data/19_prepared.ipynb #9f78bf36
+# %% ../../nbs/data/19_prepared.ipynb #fdfc4972
 def _partial_of(out): return out.absolute().with_name(out.absolute().name + '.partial')
 
 def _only_ours(*folders):
     "Refuse a folder that holds anything but what `prepare` writes: it will be replaced"
     for f in folders:
         if f.exists() and not f.is_dir(): raise InputError(f"{f} is a file; choose another folder with --out.")
-        odd = [p.name for p in (f.iterdir() if f.exists() else ()) if p.suffix not in ('.arrow', '.part', '.skipped') and p.name not in ('dataset.json', 'plan.json', 'skipped.csv')]
+        odd = [p.name for p in (f.iterdir() if f.exists() else ()) if p.suffix not in ('.arrow', '.part', '.skipped') and p.name not in ('dataset.json', 'plan.json', 'skipped.csv', 'incomplete.csv')]
         if odd: raise InputError(f"{f} holds other things ({odd[0]}), which would be lost; choose another folder with --out.")
 
 def _already(out, plan):
