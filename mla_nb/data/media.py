@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MEDIA', 'FEATURES', 'RATE', 'HELP', 'write_video', 'video_frames', 'sound_of', 'read_text', 'media_options',
            'audio_features', 'media_modalities', 'read_media', 'open_image', 'read_split', 'stem', 'check_rows',
-           'split_by_files', 'share_out', 'media_folder', 'prepare_media', 'summary', 'media_parser', 'media_main',
-           'the_splits', 'media_dataset']
+           'split_by_files', 'share_out', 'media_folder', 'prepare_media', 'summary', 'media_parser', 'add_options',
+           'media_main', 'in_a_sentence', 'the_splits', 'media_dataset']
 
 # %% ../../nbs/data/19b_media.ipynb #a3aff4cc
 import csv, json, os, re, sys
@@ -53,7 +53,7 @@ def _sound_frames(av, codec, wave, rate):
     for f in av.AudioResampler(format=codec.format, layout='mono', rate=rate).resample(whole): f.pts = None; fifo.write(f)
     return fifo.read_many(codec.frame_size or 1024, partial=True)
 
-# %% ../../nbs/data/19b_media.ipynb #f51e6071
+# %% ../../nbs/data/19b_media.ipynb #6d06fcc4
 def video_frames(
     path,                   # of a video file
     every:float=1.,         # seconds between frames
@@ -80,6 +80,7 @@ def video_frames(
         except av.error.FFmpegError as e: raise InputError(f"{path}: the video is damaged after {last.time if last else 0:.2f} s ({e.strerror}); fetch it again.") from e
     if last is None: raise InputError(f"{path}: the video stream holds no picture; fetch it again.")
     if length and end == float('inf') and last.time < .8 * length - 1: raise InputError(f"{path}: the video is cut short ({last.time:.2f} of {length:.2f} s); fetch it again.")
+    if not found and last.time < start - 1: raise InputError(f"{path}: the video is damaged: no picture can be decoded from {start:.2f} s on; fetch it again.")
     found = found or [last.to_image()]                      # a span between two frames
     return [_shrink(im, crop, size) for im in ([found[i] for i in evenly(len(found), limit)] if len(found) > limit else found)]
 
@@ -204,7 +205,7 @@ def open_image(path, size:int|None=None):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"{path}: not a readable image ({str(e).split('<')[0].strip()}); fetch it again or leave it out.") from e
 
-# %% ../../nbs/data/19b_media.ipynb #42e82b51
+# %% ../../nbs/data/19b_media.ipynb #144b906b
 def read_split(
     path,           # of a list of samples
 )->list:            # dict(id, label, …) each
@@ -223,7 +224,7 @@ def read_split(
 
 def stem(name:str)->str:
     "A sample's id from a file name: without folders and media suffix"
-    return re.sub(r'\.(wav|flv|mp4|avi|jpe?g|png|txt)$', '', name.replace('\\', '/').rsplit('/', 1)[-1].strip(), flags=re.I)
+    return re.sub(r'\.(wav|flv|mp4|avi|mkv|webm|mov|mpg|m4a|jpe?g|png|txt)$', '', name.replace('\\', '/').rsplit('/', 1)[-1].strip(), flags=re.I)
 
 def _fields(path, k, line, parts):
     if len(parts) < 2 or not all(p.strip() for p in (parts[0], parts[-1])): raise InputError(f"{path}, line {k}: {line.strip()!r} is not a sample; expected `id,label` or `name label`.")
@@ -330,7 +331,7 @@ def summary(folder)->str:
         lines += [f"left out: {sum(meta['skipped'].values())}, listed in {folder}/skipped.csv"] + [f'  {n} × {reason}' for reason, n in why.most_common(5)]
     return '\n'.join(lines)
 
-# %% ../../nbs/data/19b_media.ipynb #a8c67020
+# %% ../../nbs/data/19b_media.ipynb #21397605
 HELP = dict(audio=f"what is made of sound: {', '.join(FEATURES)}", seconds='of sound per clip', fps='frames stored per second of video', frames='frames that a sample shows',
             size='pixels along a side', seed='of random splits and of where long clips are cut')
 
@@ -343,10 +344,14 @@ def media_parser(name:str, doc:str, splits:str, default:str='random', **extra):
     where.add_argument('--miniature', action='store_true', help='make a small made dataset in the official layout instead, and prepare that as NAME-miniature')
     p.add_argument('--split', nargs='+', default=[default], metavar='HOW', help=f"'random'{splits}; or files: TRAIN TEST, or TRAIN VALID TEST (default: {default})")
     p.add_argument('--absent', default='error', choices=['error', 'skip'], help='what to do about ids in split files that are not there (default: error)')
+    p.add_argument('--variant', default='', metavar='NAME', help=f'keep it beside others, as {name}-NAME')
+    return add_options(p, **extra)
+
+def add_options(p, **extra):
+    "What to store, and where: the options of every preparation script"
     offered = {**{k: (v, HELP[k]) for k, v in media_options().items()}, **extra}
     for k, (v, text) in ((k, o) for k, o in offered.items() if o): p.add_argument(f'--{k}', type=type(v), metavar=type(v).__name__.upper(), help=f'{text} (default: {v})')
     p.add_argument('--data', default='data', metavar='DIR', help='where prepared datasets live (default: data)')
-    p.add_argument('--variant', default='', metavar='NAME', help=f'keep it beside others, as {name}-NAME')
     p.add_argument('--out', metavar='DIR', help='a folder of its own instead')
     p.add_argument('--workers', type=int, default=os.cpu_count() or 1, metavar='N', help='processes (default: one per core)')
     p.add_argument('--force', action='store_true', help='replace a dataset that was prepared differently')
@@ -363,12 +368,16 @@ def media_main(
     a = vars(media_parser(name, doc, splits, default, **extra).parse_args(argv))
     root, made = a.pop('root'), a.pop('miniature')
     a = {k: v for k, v in a.items() if v is not None}
-    try:
-        if made:
-            root = miniature(name, Path(a['data'])/'raw'/f'{name}-miniature')
-            a = {'audio': 'log_mel', 'seconds': 1.5, 'size': 48, **a, 'variant': a['variant'] or 'miniature'}
-            print(f'{root}: a made miniature of {name}; nothing in it was recorded')
-        out = prepare_it(root, **a)
+    def prepare_root():
+        if not made: return prepare_it(root, **a)
+        small = miniature(name, Path(a['data'])/'raw'/f'{name}-miniature')
+        print(f'{small}: a made miniature of {name}; nothing in it was recorded')
+        return prepare_it(small, **{'audio': 'log_mel', 'seconds': 1.5, 'size': 48, **a, 'variant': a['variant'] or 'miniature'})
+    in_a_sentence(name, prepare_root)
+
+def in_a_sentence(name:str, do):
+    "Run a preparation; whatever goes wrong ends the script with one sentence"
+    try: out = do()
     except InputError as e: sys.exit(f'prepare_{name}: {e}')
     except BrokenProcessPool: sys.exit(f'prepare_{name}: a process died (killed, or out of memory); the same command goes on where it stopped, with fewer --workers perhaps further')
     except OSError as e: sys.exit(f'prepare_{name}: cannot read or write {e.filename}: {e.strerror}; choose another --data or --out, or make room there')

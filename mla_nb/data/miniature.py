@@ -86,13 +86,14 @@ def _mvsa(root, n, seed):
         lines.append(f"{i}\t{POLARITY[r['y']]},{other}")
     (root/'labelResultAll.txt').write_text('\n'.join(lines) + '\n')
 
-# %% ../../nbs/data/19c_miniature.ipynb #39feceb1
+# %% ../../nbs/data/19c_miniature.ipynb #434019f0
 def _iemocap(root, n, seed):
     "Ten dialogues; in each, the two actors take turns"
     rng, codes, rows = np.random.default_rng([seed, 4]), ['hap', 'ang', 'neu', 'sad'], moods(n, 4, seed)
-    per = -(-n // 10)
+    per, script = -(-n // 10), {}
     for d in range(10):
         some = rows[d*per:(d + 1)*per]
+        if d % 2: some = [dict(r, text=script.setdefault((r['y'], k // 4), r['text'])) for k, r in enumerate(some)]       # lines that everybody says
         if some: _dialogue(root/f'Session{d // 2 + 1}', f"Ses0{d // 2 + 1}{'FM'[d % 2]}_{('impro01', 'script01_1')[d % 2]}", some, codes, rng)
 
 def _dialogue(session, name, rows, codes, rng):
