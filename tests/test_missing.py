@@ -108,6 +108,8 @@ def test_splits_in_memory_and_on_disk_lose_the_same_items(tmp_path, fill):
     for m in disk.modalities:
         assert a.has(m).equal(b.has(m)) and len(a.column(m)) == len(b.column(m)) == int((a.stay[m] & part.has(m)).sum())
     assert len(a) == 40 and a.y.equal(part.y)
+    left, kept = a.column("text"), [part[i]["x"]["text"] for i in range(40) if a.stay["text"][i]]
+    assert list(left) == left[:] == kept and left[::3] == kept[::3] and left[-1] == kept[-1]
 
 
 def test_with_missing_hides_where_it_was_told_to(tiny):
