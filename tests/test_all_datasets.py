@@ -50,4 +50,4 @@ def test_parameter_files_are_in_step_and_complete():
     made = files()
     assert {p.name: p.read_text() for p in OUT.glob("*.yaml")} == made, "run `make params`"
     for name, text in made.items(): Run(**yaml.safe_load(text))
-    assert set(MODALITIES) == set(MINIATURES) | {"synthetic", "digits"} and len(made) == 11 * 7 + 15
+    assert set(MODALITIES) == set(MINIATURES) | {"synthetic", "digits"} and len(made) == 11 * 7 + 16
