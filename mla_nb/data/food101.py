@@ -79,7 +79,7 @@ def across(groups:list, what:int=0)->list:
     "The groups that are in more than one split (0) or class (2)"
     return [g for g in groups if len({s[what] for s in g}) > 1]
 
-# %% ../../nbs/data/22_food101.ipynb #ac1161f0
+# %% ../../nbs/data/22_food101.ipynb #8482a0c8
 def listed_rows(
     root, lists:dict,   # the download; split -> entries, from `read_split`
     have:dict,          # id (a file name's stem) -> row
@@ -106,6 +106,7 @@ def split_by_lists(
     labels = labels or {e['label'].lower(): e['label'] for v in lists.values() for e in v}
     return split_by_files(listed_rows(root, lists, have), lists, labels, seed, absent)
 
+# %% ../../nbs/data/22_food101.ipynb #d46eb6df
 def food101_splits(
     root, how=('official',),    # the download; ['official'], ['random'], or files
     seed:int=0, absent:str='error',

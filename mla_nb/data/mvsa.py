@@ -34,7 +34,7 @@ def resolve(text, image):
 
 LABEL_RULES = dict(agree=agree, resolve=resolve)
 
-# %% ../../nbs/data/23_mvsa.ipynb #0f0646a0
+# %% ../../nbs/data/23_mvsa.ipynb #e86e70ec
 def read_labels(
     path,       # labelResultAll.txt
 )->dict:        # id -> (label of the text, label of the image)
@@ -65,6 +65,7 @@ def mvsa_files(
         out.setdefault(p.stem, dict(id=p.stem))[kind] = str(p)
     return out
 
+# %% ../../nbs/data/23_mvsa.ipynb #b34e0e45
 def mvsa_rows(
     root, labels:str='agree',   # the download; a rule of `LABEL_RULES`
 )->list:                        # rows for `read_media`
