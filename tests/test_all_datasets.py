@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from mla_nb.core import datasets, discover, methods
+from mla_nb.core import check_dataset, datasets, discover, methods
 from mla_nb.data.miniature import MINIATURES, miniature
 from mla_nb.experiments import Run, run
 
@@ -25,6 +25,13 @@ def prepared(request, tmp_path_factory):
     root = miniature(name, work / "raw", 72)
     getattr(module, f"prepare_{name}")(root, data=work / "data", **TINY)
     return name, work
+
+
+def test_every_dataset_keeps_the_contract(prepared):
+    name, work = prepared
+    s = datasets[name](data=str(work / "data"))
+    check_dataset(s)
+    assert set(s.modalities) == set(MODALITIES[name])
 
 
 @pytest.mark.parametrize("rate", ["", "0.5"])

@@ -85,7 +85,9 @@ def test_synthetic(preset): check_dataset(synthetic(preset, n_train=60, n_valid=
 
 def test_datasets_are_known_to_these_tests():
     "Whoever adds a dataset adds its check: the ones that need files are checked where their files are made"
-    assert set(datasets) == {"synthetic", "digits"}
+    from mla_nb.data.miniature import MINIATURES
+    discover()
+    assert set(datasets) == {"synthetic", "digits", "own", *MINIATURES}         # miniatures: test_all_datasets.py; own: test_own.py
 
 
 @pytest.mark.parametrize("kw", [{}, {"norm": True}, {"when": "update_first"}, {"when": "update_first", "norm": True},

@@ -205,12 +205,12 @@ def open_image(path, size:int|None=None):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"{path}: not a readable image ({str(e).split('<')[0].strip()}); fetch it again or leave it out.") from e
 
-# %% ../../nbs/data/19b_media.ipynb #144b906b
+# %% ../../nbs/data/19b_media.ipynb #c317ccdd
 def read_split(
     path,           # of a list of samples
 )->list:            # dict(id, label, …) each
     "A list in JSON lines (id, label, …), as `a [split|sign] b [split|sign] Label`, as CSV with a header, as `id,label`, or as `name label`"
-    lines = [s for s in read_text(path).splitlines() if s.strip()]
+    lines = [s for s in re.split(r'\r?\n|\r', read_text(path)) if s.strip()]         # not splitlines: tweets hold other separators
     if not lines: raise InputError(f"{path}: the file is empty; expected one sample per line.")
     if lines[0].lstrip().startswith('{'): return [_json_line(path, k, s) for k, s in enumerate(lines, 1)]
     if '[split|sign]' in lines[0]: return [_fields(path, k, s, re.split(r'\s*\[split\|sign\]\s*', s)) for k, s in enumerate(lines, 1)]
