@@ -102,10 +102,9 @@ gpu: $(READY) ## every dataset's preset at full size for two epochs, into result
 	$(BIN)/python benchmarks/gpu.py
 params: $(READY) ## parameter files for papermill, one per dataset and method
 	$(BIN)/python tools/params.py
-results: $(READY) ## every run behind the tables, about 1.5 hours: make results ARCHIVE=FILE.zip
+results: $(READY) ## every run behind the tables, about an hour: make results ARCHIVE=FILE.zip
 	$(if $(ARCHIVE),,@echo "which recordings? make results ARCHIVE=FILE.zip"; exit 1)
 	$(BIN)/python results/study.py '$(ARCHIVE)' $(WORKERS)
-	$(BIN)/python results/ablation.py '$(ARCHIVE)' $(WORKERS)
 	$(BIN)/python results/missing.py $(WORKERS)
 lock: $(DEPS) ## constraints.txt from requirements.in
 	$(BIN)/uv pip compile -q --no-annotate --no-header --upgrade --python $(BIN)/python requirements.in -o constraints.txt
