@@ -17,7 +17,7 @@ from .prepared import *
 from .media import *
 from ..encoders.visual import encode_image
 
-# %% ../../nbs/data/19c_miniature.ipynb #84ea9a71
+# %% ../../nbs/data/19c_miniature.ipynb #8c09380f
 def moods(
     n:int,          # samples, about the same number of each class
     classes:int,    # 2 … 6
@@ -42,8 +42,9 @@ def clip_of(
     fps:int=8, size:int=96,
 )->np.ndarray:      # (N,size,size,3) uint8
     "A face that moves a little"
-    one = faces(np.repeat(states, 1), rng, size=size, pose=.3, light=.1, noise=.02).transpose(0, 2, 3, 1)
-    return np.stack([np.roll(one[k // fps], rng.integers(-2, 3, 2), (0, 1)) for k in range(fps * len(states))])
+    one = faces(np.array(states), rng, size=size, pose=.3, light=.1, noise=.02).transpose(0, 2, 3, 1)
+    first = [list(states).index(s) for s in states]                 # the same mood, the same person
+    return np.stack([np.roll(one[first[k // fps]], rng.integers(-2, 3, 2), (0, 1)) for k in range(fps * len(states))])
 
 # %% ../../nbs/data/19c_miniature.ipynb #5c19997a
 SENTENCES = 'IEO TIE IOM IWW TAI MTI IWL ITH DFA ITS TSI WSI'.split()
