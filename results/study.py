@@ -2,7 +2,7 @@
 
 Tunes every method's learning rate on validation, makes every run that is not there yet below runs/study, and writes
 results/sweep.csv (one row per rate tried), results/runs.csv (one row per run, with the command that makes it) and
-results/curves.csv (validation accuracy and seconds of every epoch of four methods).
+results/curves.csv (validation accuracy after every epoch of four methods).
 """
 import csv
 import sys
@@ -55,7 +55,7 @@ def row(data, cfg, r):
 
 
 def curve(data, cfg):
-    return [dict(data=data, method=cfg.method, seed=cfg.seed, epoch=h["epoch"] + 1, valid=round(h["valid"]["accuracy"]["fused"], 4), seconds=round(h["seconds"], 3))
+    return [dict(data=data, method=cfg.method, seed=cfg.seed, epoch=h["epoch"] + 1, valid=round(h["valid"]["accuracy"]["fused"], 4))
             for h in read_history(cfg.folder)]
 
 
