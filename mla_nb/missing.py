@@ -65,7 +65,7 @@ def missing_mask(
     stay[last[empty], empty.nonzero().squeeze(1)] = True
     return stay
 
-# %% ../nbs/13_missing.ipynb #5917902d
+# %% ../nbs/13_missing.ipynb #74affffd
 FILLS = 'skip', 'zeros'
 
 def blank(item):
@@ -102,6 +102,7 @@ class Hidden(Dataset):
         "(N,) bool: which samples hold modality `m`, or zeros that pass for it"
         return self.part.has(m) & self.stay[m] if self.fill == 'skip' else self.part.has(m)
 
+# %% ../nbs/13_missing.ipynb #cf859ea7
 class Kept:
     "Some items of a column, read when they are asked for"
     def __init__(self, column, rows:list): self.column, self.rows = column, rows

@@ -205,7 +205,7 @@ def open_image(path, size:int|None=None):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"{path}: not a readable image ({str(e).split('<')[0].strip()}); fetch it again or leave it out.") from e
 
-# %% ../../nbs/data/19b_media.ipynb #c317ccdd
+# %% ../../nbs/data/19b_media.ipynb #0dd8c1ee
 def read_split(
     path,           # of a list of samples
 )->list:            # dict(id, label, …) each
@@ -222,6 +222,7 @@ def read_split(
         return [_named(path, k, dict(zip(head, (v.strip() for v in r)))) for k, r in enumerate(rows[1:], 2)]
     return [_fields(path, k, s, s.strip().rsplit(',' if ',' in s else None, 1)) for k, s in enumerate(lines, 1)]
 
+# %% ../../nbs/data/19b_media.ipynb #1cf2c06f
 def stem(name:str)->str:
     "A sample's id from a file name: without folders and media suffix"
     return re.sub(r'\.(wav|flv|mp4|avi|mkv|webm|mov|mpg|m4a|jpe?g|png|txt)$', '', name.replace('\\', '/').rsplit('/', 1)[-1].strip(), flags=re.I)
@@ -240,7 +241,7 @@ def _named(path, k, row):
     if lost: raise InputError(f"{path}, line {k}: there is no {lost[0]!r}; every sample needs an id and a label.")
     return {**row, 'id': stem(str(row['id'])), 'label': str(row['label'])}
 
-# %% ../../nbs/data/19b_media.ipynb #e9e5db5e
+# %% ../../nbs/data/19b_media.ipynb #cdcfc38a
 def check_rows(rows:list, name:str)->list:
     "Refuse duplicate ids; an empty list is the wrong folder"
     if not rows: raise InputError(f"{name}: no samples found; is --root the folder that the download was unpacked to?")
@@ -269,6 +270,7 @@ def split_by_files(
     if 'valid' not in out: out['train'], out['valid'] = share_out(out['train'], (.9, .1), seed)
     return {k: out[k] for k in ('train', 'valid', 'test')}
 
+# %% ../../nbs/data/19b_media.ipynb #52bd8b06
 def share_out(
     rows:list,          # with y
     shares=(.8, .1, .1),# of the parts; they add up to 1
@@ -289,7 +291,7 @@ def share_out(
             part |= {i: k for k, some in enumerate(np.split(ids, np.round(cuts * len(ids)).astype(int))) for i in some}
     return [[r for r in rows if part[r['id']] == k] for k in range(len(shares))]
 
-# %% ../../nbs/data/19b_media.ipynb #b997fd00
+# %% ../../nbs/data/19b_media.ipynb #3aa7bd2e
 def media_folder(name:str, data='data', variant:str='')->Path:
     "Where a variant of a dataset lives"
     return Path(data)/(f'{name}-{variant}' if variant else name)
@@ -320,6 +322,7 @@ def _rows_sha(splits):
     named = [(s, r['id'], r['y'], r.get('text') or '') for s, rows in splits.items() for r in rows]
     return hashlib.sha256(json.dumps(sorted(named)).encode()).hexdigest()
 
+# %% ../../nbs/data/19b_media.ipynb #68d796aa
 def summary(folder)->str:
     "Counts per split and class, and what was left out, of a prepared dataset"
     meta = read_json(Path(folder)/'dataset.json', META)
@@ -331,7 +334,7 @@ def summary(folder)->str:
         lines += [f"left out: {sum(meta['skipped'].values())}, listed in {folder}/skipped.csv"] + [f'  {n} × {reason}' for reason, n in why.most_common(5)]
     return '\n'.join(lines)
 
-# %% ../../nbs/data/19b_media.ipynb #21397605
+# %% ../../nbs/data/19b_media.ipynb #8a6ac096
 HELP = dict(audio=f"what is made of sound: {', '.join(FEATURES)}", seconds='of sound per clip', fps='frames stored per second of video', frames='frames that a sample shows',
             size='pixels along a side', seed='of random splits and of where long clips are cut')
 
@@ -357,6 +360,7 @@ def add_options(p, **extra):
     p.add_argument('--force', action='store_true', help='replace a dataset that was prepared differently')
     return p
 
+# %% ../../nbs/data/19b_media.ipynb #4c0022fe
 def media_main(
     name:str, doc:str,
     prepare_it,         # root, split, and the options -> the folder made
