@@ -83,7 +83,8 @@ def projected(z, kw):
     edit = GradProjection(when="update_first", skip=1, **kw)
     for i in range(len(z["exp_count"])):
         head.out.weight.grad, head.out.bias.grad = z.t("grad_in")[i].clone(), z.t("grad_bias")[i].clone()
-        edit.after_backward(SimpleNamespace(net=SimpleNamespace(head=head), z={"m": z.t(f"x{i}")}, step=int(z["batch_index"][i]),
+        turn = SimpleNamespace(rows=lambda m: None)                  # everybody is there
+        edit.after_backward(SimpleNamespace(net=SimpleNamespace(head=head), z={"m": z.t(f"x{i}")}, turn=turn, step=int(z["batch_index"][i]),
                                             dls=SimpleNamespace(train=range(int(z["len_dataloader"]))), average=lambda r: r))
         yield edit.P, head.out.weight.grad, head.out.bias.grad
 
@@ -245,6 +246,7 @@ def test_e_qmf(branch):
     learn = SimpleNamespace(net=SimpleNamespace(encs=dict.fromkeys(mods), head=lambda one: next(iter(one.values()))), dls=SimpleNamespace(sampler=Shuffle(n)))
     loss.before_fit(learn)
     for i in range(calls):
+        learn.epoch = i * B // n
         idx = z.t(f"{branch}_idx")[i].long()
         logits = z.t(f"{branch}_logits")[i].clone().requires_grad_()
         learn.z = dict(zip(mods, logits))
