@@ -75,7 +75,7 @@ prepare-digits: $(READY)
 $(MEDIA:%=prepare-%): prepare-%: $(READY)
 	$(BIN)/python data_scripts/prepare_$*.py $(if $(ROOT),--root '$(ROOT)' $(if $(SPLIT),--split $(SPLIT)),--miniature)
 prepare-%: $(READY)
-	@$(BIN)/python -c "from mla_nb.core import *; discover(); raise SystemExit(str(unknown('dataset', '$*', datasets)))"
+	@$(BIN)/python -c "from mla_nb.core import *; discover(); raise SystemExit(str(unknown('dataset', '$*', datasets)) if '$*' not in datasets else '$* has no demo; see data_scripts/prepare_$*.py --help')"
 
 test: $(READY) ## every test, every chapter, README in step
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile

@@ -300,13 +300,13 @@ def environment()->dict:
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', threads=torch.get_num_threads(),
                 commit=git.stdout.strip() if git and git.returncode == 0 else None)
 
-# %% ../nbs/15_experiments.ipynb #d6df70b8
+# %% ../nbs/15_experiments.ipynb #e277c478
 def data_checksum(
     cfg:Run,
 )->str|None:    # None: made on the fly from its options, or not there
     "Which version of a prepared dataset is this?"
     where = getattr(datasets[cfg.dataset], 'folder', None)
-    meta = where and where(cfg.data, **cfg.dataset_args)/'dataset.json'
+    meta = where and where(**{'data': cfg.data, **cfg.dataset_args})/'dataset.json'
     return read_json(meta, ['sha256'], 'prepare the dataset again with --force')['sha256'] if meta and meta.exists() else None
 
 def claim(

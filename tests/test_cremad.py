@@ -110,6 +110,14 @@ def test_broken_clips_are_left_out_with_a_reason(mine):
     assert sum(v["total"] for v in json.loads((out / "dataset.json").read_text())["counts"].values()) == 115
 
 
+def test_capitals_and_hidden_files_do_not_matter(mine):
+    wavs = sorted((mine / "AudioWAV").iterdir())
+    wavs[0].rename(wavs[0].with_suffix(".WAV"))
+    (mine / "AudioWAV" / f"._{wavs[1].name}").write_bytes(b"resource fork")
+    rows = cremad_rows(mine)
+    assert len(rows) == 120 and rows[0]["audio"].endswith(".WAV")
+
+
 def test_a_clone_without_lfs_is_named_as_such(mine):
     for f in mine.rglob("*.*v"): f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     said = cli("--root", mine, ok=False)

@@ -167,7 +167,7 @@ def test_other_files_are_never_removed(here, tones):
     (here / "precious").mkdir()
     (here / "precious/thesis.txt").write_text("four years")
     for force in ([], ["--force"]):
-        with pytest.raises(SystemExit, match="holds other things .thesis.txt."): script.main(["--archive", str(tones), "--out", "precious", *force])
+        with pytest.raises(SystemExit, match="holds thesis.txt, but no dataset.json"): script.main(["--archive", str(tones), "--out", "precious", *force])
     with pytest.raises(SystemExit, match="is a file"): script.main(["--archive", str(tones), "--out", "precious/thesis.txt"])
     assert [p.name for p in here.rglob("*") if p.is_file()] == ["thesis.txt"]
 

@@ -195,3 +195,30 @@ def test_miniatures_are_whole_or_not_there_and_repeatable(name, tmp_path):
     assert files[0].keys() == files[1].keys() and len(files[0]) > 20
     assert [k for k in files[0] if files[0][k] != files[1][k] and k.suffix not in (".flv", ".mp4", ".avi")] == []
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "my_results.arrow", "incomplete.csv"])
+def test_nothing_of_the_users_is_ever_removed(clips, tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("precious")
+    for force in (False, True):
+        with pytest.raises(InputError, match="so we did not make it"): prepare_media("toy", ["a", "b"], sources(clips), ["audio"], media_options(audio="log_mel"), {}, out=tmp_path / "mine", force=force, progress=False)
+    assert (tmp_path / "mine" / name).read_text() == "precious"
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match="is a link"): prepare_media("toy", ["a", "b"], sources(clips), ["audio"], media_options(audio="log_mel"), {}, out=tmp_path / "link", progress=False)
+
+
+def test_what_a_stranger_found(clips, tmp_path):
+    make = lambda splits, classes=("a", "b"), **kw: prepare_media("toy", list(classes), splits, ["audio"], media_options(audio="log_mel"), {}, tmp_path, progress=False, **kw)
+    s = sources(clips)
+    with pytest.raises(InputError, match="cannot be called 'total'"): make({k: [dict(r, y="total") for r in v] for k, v in s.items()}, ["total"])
+    with pytest.raises(InputError, match="no sample of the test split can be read"): make(sources(clips, bad=range(20, 24)))
+    with pytest.raises(InputError, match="workers=-1"): make(s, workers=-1)
+    with pytest.raises(InputError, match="not valid text"): make({k: [dict(r, id=r["id"] + "\ud800") for r in v] for k, v in s.items()})
+    for variant in ("a/b", "..", "../../x", ".hidden"):
+        with pytest.raises(InputError, match="variant="): make(s, variant=variant)
+    sf.write(tmp_path / "nan.wav", np.full(16000, np.nan, "f4"), 16000, subtype="FLOAT")
+    with pytest.raises(InputError, match="no numbers"): sound_of(tmp_path / "nan.wav")
+    sf.write(tmp_path / "click.wav", np.ones(20, "f4") / 2, 16000)
+    for f in FEATURES: assert np.isfinite(read_media(dict(id="x", y="a", audio=tmp_path / "click.wav"), media_options(audio=f))["audio"]).all()
+    assert not (tmp_path / "toy").exists()

@@ -13,7 +13,7 @@ from ..core import *
 from .prepared import *
 from .media import *
 
-# %% ../../nbs/data/21_cremad.ipynb #2ba5b9c6
+# %% ../../nbs/data/21_cremad.ipynb #b259f031
 EMOTIONS = dict(ANG='anger', DIS='disgust', FEA='fear', HAP='happy', NEU='neutral', SAD='sad')
 CLIP = re.compile(r'^(\d{4})_([A-Z]{3})_([A-Z]{3})_(LO|MD|HI|XX|X)$')      # one clip of the official download ends in X
 LABELS = {**{k.lower(): v for k, v in EMOTIONS.items()}, **{v: v for v in EMOTIONS.values()}, 'happiness': 'happy', 'sadness': 'sad'}
@@ -34,8 +34,9 @@ def cremad_rows(
     folders = dict(audio=root/'AudioWAV', video=root/'VideoFlash')
     for f in folders.values():
         if not f.is_dir(): raise InputError(f"{f}: there is no such folder; give the folder that holds AudioWAV/ and VideoFlash/ as --root.")
-    names = {p.stem for m, f in folders.items() for p in f.iterdir() if p.suffix in ('.wav', '.flv')}
-    return check_rows([{**parse_clip(n), 'audio': str(folders['audio']/f'{n}.wav'), 'video': str(folders['video']/f'{n}.flv')} for n in sorted(names)], 'cremad')
+    files = {(m, p.stem): str(p) for m, f in folders.items() for p in f.iterdir() if p.suffix.lower() in ('.wav', '.flv') and not p.name.startswith('.')}
+    path = lambda m, n, suffix: files.get((m, n), str(folders[m]/(n + suffix)))
+    return check_rows([{**parse_clip(n), 'audio': path('audio', n, '.wav'), 'video': path('video', n, '.flv')} for n in sorted({n for _, n in files})], 'cremad')
 
 # %% ../../nbs/data/21_cremad.ipynb #dd1dbd17
 def cremad_splits(

@@ -53,7 +53,7 @@ def _sound_frames(av, codec, wave, rate):
     for f in av.AudioResampler(format=codec.format, layout='mono', rate=rate).resample(whole): f.pts = None; fifo.write(f)
     return fifo.read_many(codec.frame_size or 1024, partial=True)
 
-# %% ../../nbs/data/19b_media.ipynb #6d06fcc4
+# %% ../../nbs/data/19b_media.ipynb #4746f21d
 def video_frames(
     path,                   # of a video file
     every:float=1.,         # seconds between frames
@@ -79,7 +79,7 @@ def video_frames(
                 if now >= due - .02: found.append(f.to_image()); due += every
         except av.error.FFmpegError as e: raise InputError(f"{path}: the video is damaged after {last.time if last else 0:.2f} s ({e.strerror}); fetch it again.") from e
     if last is None: raise InputError(f"{path}: the video stream holds no picture; fetch it again.")
-    if length and end == float('inf') and last.time < .8 * length - 1: raise InputError(f"{path}: the video is cut short ({last.time:.2f} of {length:.2f} s); fetch it again.")
+    if length and end == float('inf') and last.time < length - max(.75, .1 * length): raise InputError(f"{path}: the video is cut short ({last.time:.2f} of {length:.2f} s); fetch it again.")
     if not found and last.time < start - 1: raise InputError(f"{path}: the video is damaged: no picture can be decoded from {start:.2f} s on; fetch it again.")
     found = found or [last.to_image()]                      # a span between two frames
     return [_shrink(im, crop, size) for im in ([found[i] for i in evenly(len(found), limit)] if len(found) > limit else found)]
@@ -107,7 +107,7 @@ def _head(path, what):
     except FileNotFoundError: raise InputError(f"{path}: there is no such {what} file; check the path.") from None
     except (PermissionError, IsADirectoryError) as e: raise InputError(f"{path}: cannot be read ({e.strerror.lower()}).") from None
 
-# %% ../../nbs/data/19b_media.ipynb #76123bf8
+# %% ../../nbs/data/19b_media.ipynb #bb26b282
 MEDIA = '.flv .mp4 .avi .mkv .webm .mov .mpg .m4a'.split()
 
 def sound_of(
@@ -116,7 +116,9 @@ def sound_of(
     span=None,              # (start, end) in seconds
 ):                          # (T,) float32 waveform
     "The sound of a file, mono"
-    if Path(path).suffix.lower() not in MEDIA: wave = load_wave(path, rate)[0]
+    if Path(path).suffix.lower() not in MEDIA:
+        _head(path, 'recording')
+        wave = load_wave(path, rate)[0]
     else:
         import av
         with _opened(path, 'audio') as c:
@@ -125,6 +127,7 @@ def sound_of(
             except av.error.FFmpegError as e: raise InputError(f"{path}: the sound track is damaged ({e.strerror}); fetch it again.") from e
         if not parts: raise InputError(f"{path}: the sound track is empty; fetch it again.")
         wave = torch.from_numpy(np.concatenate(parts))
+    if not wave.isfinite().all(): raise InputError(f"{path}: the recording holds values that are no numbers (NaN or infinity); fetch it again.")
     if not span: return wave
     cut = wave[int(span[0] * rate):int(span[1] * rate)]
     if not len(cut): raise InputError(f"{path}: the span {span[0]:.2f} to {span[1]:.2f} s lies outside of the recording ({len(wave)/rate:.2f} s).")
@@ -147,7 +150,7 @@ def read_text(
         except UnicodeDecodeError: continue
     raise InputError(f"{name}: is marked as UTF-16, but is not; save it as UTF-8.")
 
-# %% ../../nbs/data/19b_media.ipynb #872a4a69
+# %% ../../nbs/data/19b_media.ipynb #77ff3db1
 FEATURES = ('spectrogram', 'fbank', 'log_mel')
 RATE = 16000
 
@@ -163,7 +166,7 @@ def media_options(
 def audio_features(wave, o:dict, key:str=''):
     "The stored features of a waveform at 16 kHz; `key` (an id) and the seed decide where long clips are cut"
     n = int(o['seconds'] * RATE)
-    if o['audio'] == 'fbank': return fbank(wave, RATE)
+    if o['audio'] == 'fbank': return fbank(tile(wave, RATE // 40), RATE)          # one frame of 25 ms, at least
     start = int(np.random.default_rng([o['seed'], *key.encode()]).integers(0, max(1, len(wave) - n + 1))) if len(wave) > n else 0
     x = excerpt(wave, n, start)
     return log_spectrogram(x) if o['audio'] == 'spectrogram' else log_mel(x[None], RATE, 64, 128)[0]
@@ -241,12 +244,14 @@ def _named(path, k, row):
     if lost: raise InputError(f"{path}, line {k}: there is no {lost[0]!r}; every sample needs an id and a label.")
     return {**row, 'id': stem(str(row['id'])), 'label': str(row['label'])}
 
-# %% ../../nbs/data/19b_media.ipynb #cdcfc38a
+# %% ../../nbs/data/19b_media.ipynb #569733d2
 def check_rows(rows:list, name:str)->list:
     "Refuse duplicate ids; an empty list is the wrong folder"
     if not rows: raise InputError(f"{name}: no samples found; is --root the folder that the download was unpacked to?")
     twice = [i for i, n in Counter(r['id'] for r in rows).items() if n > 1]
-    if twice: raise InputError(f"{name}: the id {twice[0]!r} occurs more than once (and {len(twice) - 1} other ids); every sample needs an id of its own.")
+    if twice: raise InputError(f"{name}: the id {twice[0]!r} occurs more than once{f' (and {len(twice) - 1} other ids)' if twice[1:] else ''}; every sample needs an id of its own.")
+    odd = [r['id'] for r in rows if r['id'].encode('utf-8', 'replace').decode() != r['id']]
+    if odd: raise InputError(f"{name}: the id {odd[0]!r} is not valid text; rename that file or sample.")
     return rows
 
 def split_by_files(
@@ -291,9 +296,10 @@ def share_out(
             part |= {i: k for k, some in enumerate(np.split(ids, np.round(cuts * len(ids)).astype(int))) for i in some}
     return [[r for r in rows if part[r['id']] == k] for k in range(len(shares))]
 
-# %% ../../nbs/data/19b_media.ipynb #3aa7bd2e
+# %% ../../nbs/data/19b_media.ipynb #56d2a8fd
 def media_folder(name:str, data='data', variant:str='')->Path:
     "Where a variant of a dataset lives"
+    if not re.fullmatch(r'[\w.-]*', variant) or variant.startswith('.'): raise InputError(f"variant={variant!r}: must be letters, digits, dots, dashes and underscores, not beginning with a dot.")
     return Path(data)/(f'{name}-{variant}' if variant else name)
 
 def prepare_media(

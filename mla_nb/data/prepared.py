@@ -71,7 +71,7 @@ def write_shard(
     write_atomic(path, write)
     return len(rows)
 
-# %% ../../nbs/data/19_prepared.ipynb #6e79f7cc
+# %% ../../nbs/data/19_prepared.ipynb #4f9d2cfd
 def sha256(path)->str:
     "Checksum of a file"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
@@ -97,6 +97,8 @@ def prepare(
     if (out/'dataset.json').exists() and not force: return _already(out, plan)
     for split in ('train', 'valid', 'test'):
         if not sources.get(split): raise InputError(f"{name}: the {split} split would be empty; check the split options ({options}).")
+    of_kind('workers', workers, int, 0, 256)
+    if 'total' in classes: raise InputError(f"{name}: a class cannot be called 'total', which stands for the sum of all; rename it.")
     part = _partial(out, plan)
     if progress: estimate(out, sum(sources.values(), []), read, modalities, workers)
     todo = [(split, part/f'{split}-{k:05d}.arrow', s[i:i + shard]) for split, s in sources.items() for k, i in enumerate(range(0, len(s), shard))]
@@ -151,13 +153,16 @@ def verify(
         if not quick and sha256(path) != sha: raise InputError(f"{path} is damaged: its checksum is wrong; prepare the dataset again with --force.")
     return meta
 
-# %% ../../nbs/data/19_prepared.ipynb #fdfc4972
+# %% ../../nbs/data/19_prepared.ipynb #bef5328e
 def _partial_of(out): return out.absolute().with_name(out.absolute().name + '.partial')
 
-def _only_ours(*folders):
+def _only_ours(out, part):
     "Refuse a folder that holds anything but what `prepare` writes: it will be replaced"
-    for f in folders:
+    for f, mark in ((out, 'dataset.json'), (part, 'plan.json')):
+        if f.is_symlink(): raise InputError(f"{f} is a link; give the folder that it points to with --out.")
         if f.exists() and not f.is_dir(): raise InputError(f"{f} is a file; choose another folder with --out.")
+        held = [p.name for p in f.iterdir() if not p.name.endswith('.part')] if f.exists() else []
+        if held and mark not in held: raise InputError(f"{f} holds {held[0]}, but no {mark}, so we did not make it; choose another folder with --out.")
         odd = [p.name for p in (f.iterdir() if f.exists() else ()) if p.suffix not in ('.arrow', '.part', '.skipped') and p.name not in ('dataset.json', 'plan.json', 'skipped.csv', 'incomplete.csv')]
         if odd: raise InputError(f"{f} holds other things ({odd[0]}), which would be lost; choose another folder with --out.")
 
@@ -176,6 +181,7 @@ def _partial(out, plan):
     plan_file = part/'plan.json'
     if part.exists() and not (plan_file.exists() and plan_file.read_text() == json.dumps(plan)): shutil.rmtree(part)
     part.mkdir(parents=True, exist_ok=True)
+    for stale in part.glob('.*.part'): stale.unlink()                   # of a process that was killed while writing
     write_atomic(plan_file, json.dumps(plan))
     return part
 
@@ -205,7 +211,7 @@ def _skipped(part, plan, todo):
         write_atomic(part/'skipped.csv', text.getvalue())
     return dict(Counter(r['split'] for r in rows))
 
-# %% ../../nbs/data/19_prepared.ipynb #57b9d869
+# %% ../../nbs/data/19_prepared.ipynb #2bba8f4a
 def _finish(part, out, plan, todo):
     import pyarrow as pa
     skipped, counts, shards = _skipped(part, plan, todo), {}, {}
@@ -214,6 +220,8 @@ def _finish(part, out, plan, todo):
         c = counts.setdefault(split, Counter())
         c.update(plan['classes'][k] for k in y)
         shards.setdefault(split, []).append(dict(file=path.name, rows=len(y), bytes=path.stat().st_size, sha256=sha256(path)))
+    for split, c in counts.items():
+        if not c: raise InputError(f"{plan['name']}: no sample of the {split} split can be read (skipped {skipped[split]}); mend the files, or split otherwise.")
     for split in ('valid', 'test'):
         lost = [k for k in counts[split] if not counts['train'][k]]
         if lost: raise InputError(f"{plan['name']}: {', '.join(map(repr, lost))} in the {split} split but in no training sample; every class tested must be trained.")
