@@ -153,7 +153,7 @@ def verify(
         if not quick and sha256(path) != sha: raise InputError(f"{path} is damaged: its checksum is wrong; prepare the dataset again with --force.")
     return meta
 
-# %% ../../nbs/data/19_prepared.ipynb #bef5328e
+# %% ../../nbs/data/19_prepared.ipynb #fc9703cb
 def _partial_of(out): return out.absolute().with_name(out.absolute().name + '.partial')
 
 def _only_ours(out, part):
@@ -185,6 +185,7 @@ def _partial(out, plan):
     write_atomic(plan_file, json.dumps(plan))
     return part
 
+# %% ../../nbs/data/19_prepared.ipynb #f08c3a59
 def _fill(todo, total, read, modalities, classes, workers, label, skip):
     from tqdm.auto import tqdm
     with tqdm(total=total, initial=total - len(todo), desc=label or None, unit='shard', disable=not label) as bar:
