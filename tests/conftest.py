@@ -1,5 +1,10 @@
 """Shared by all tests: one thread, and where the real data lies (tests that need it skip, with a reason, where it does not)."""
+import contextlib
+import io
 import os
+import runpy
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +13,25 @@ import torch
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+def script(name, *args, ok=True):
+    "data_scripts/prepare_NAME.py as a command, in this process: importing everything again would take longer than what is tested"
+    said, code = io.StringIO(), None
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as m:
+        m.setattr(sys, "argv", [f"prepare_{name}.py", "--workers", "0", *map(str, args)])
+        try: runpy.run_path(str(ROOT / f"data_scripts/prepare_{name}.py"), run_name="__main__")
+        except SystemExit as e: code = e.code
+    assert (code in (None, 0)) == ok and "\n" not in str(code), (said.getvalue(), code)
+    return f"{said.getvalue()}{code}"
+
+
+@pytest.fixture
+def mine(tree, tmp_path, monkeypatch):
+    "A copy of the test module's `tree` to spoil, and an empty folder to work in"
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(tree, tmp_path / "raw")
 
 
 @pytest.fixture(scope="session")

@@ -24,13 +24,6 @@ SMALL = dict(audio="log_mel", seconds=1.5, size=24, progress=False)
 def tree(tmp_path_factory): return miniature("cremad", tmp_path_factory.mktemp("raw") / "CREMA-D", 120)
 
 
-@pytest.fixture
-def mine(tree, tmp_path, monkeypatch):
-    "A tree of one's own to spoil, and an empty folder to work in"
-    monkeypatch.chdir(tmp_path)
-    return shutil.copytree(tree, tmp_path / "raw")
-
-
 def cli(*args, ok=True):
     p = subprocess.run([sys.executable, str(ROOT / "data_scripts/prepare_cremad.py"), *map(str, args)], capture_output=True, text=True)
     assert (p.returncode == 0) == ok, p.stdout + p.stderr

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
-from conftest import ROOT
+from conftest import POINTER, ROOT, script
 from mla_nb.core import InputError, check_dataset, datasets
 from mla_nb.data.food101 import across, food101_rows, food101_splits, halves, prepare_food101, read_titles, repeats
 from mla_nb.data.media import read_media, media_options
@@ -21,33 +22,13 @@ from mla_nb.experiments import Run, run
 
 SCRIPT = ROOT / "data_scripts/prepare_food101.py"
 SMALL = dict(size=24, progress=False)
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory): return miniature("food101", tmp_path_factory.mktemp("raw") / "food-101", 240)
 
 
-@pytest.fixture
-def mine(tree, tmp_path, monkeypatch):
-    "A tree of one's own to spoil, and an empty folder to work in"
-    monkeypatch.chdir(tmp_path)
-    return shutil.copytree(tree, tmp_path / "raw")
-
-
-@pytest.fixture
-def cli(monkeypatch, capfd):
-    "The script, in this process: a new interpreter for every sentence would take minutes"
-    def call(*args, ok=True):
-        monkeypatch.setattr(sys, "argv", ["prepare_food101.py", "--workers", "0", *map(str, args)])
-        capfd.readouterr()
-        try: runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as e:
-            assert ok is not (e.code not in (None, 0)), e
-            print(e)
-        else: assert ok
-        return "".join(capfd.readouterr())
-    return call
+cli = partial(script, "food101")
 
 
 def titles(root, split="train"): return root / f"texts/{split}_titles.csv"
@@ -76,7 +57,7 @@ def test_pictures_and_titles_are_joined(tree):
     assert [len(v) for v in food101_splits(tree, ["random"]).values()] == [192, 24, 24]
 
 
-def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine, cli):
+def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine):
     out = cli("--root", mine, "--size", 24)
     assert "ready: data/food101" in out and "note: 6 classes; the whole dataset has 101" in out and "without" not in out
     before = {p: p.stat().st_mtime_ns for p in (mine.parent / "data").rglob("*")}
@@ -90,11 +71,11 @@ def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine, cli):
     assert (cfg.encoder, cfg.epochs, cfg.batch_size, cfg.lr) == ("image=resnet18,text=small", 100, 64, 1e-3)
 
 
-def test_the_miniature_says_that_it_is_one(tmp_path, monkeypatch, cli):
+def test_the_miniature_says_that_it_is_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     miniature("food101", "data/raw/food101-miniature", 96)
     assert "nothing in it was recorded" in cli("--miniature")
-    assert "made, not collected" in (tmp_path / "data/food101-miniature/dataset.json").read_text()
+    assert "made, not recorded" in (tmp_path / "data/food101-miniature/dataset.json").read_text()
     said = cli("--help")
     assert "--size" in said and "--fps" not in said and "--audio" not in said              # there is no sound and no video
 
@@ -153,7 +134,7 @@ def test_halves_stay_with_a_gap_or_are_left_out_and_are_listed_either_way(mine, 
     with pytest.raises(InputError, match="did you mean 'skip'"): prepare_food101(mine, variant="x", incomplete="skipp", **SMALL)
 
 
-def test_a_tree_without_most_of_its_pictures_is_refused(mine, cli):
+def test_a_tree_without_most_of_its_pictures_is_refused(mine):
     for p in mine.glob("images/*/*/*.jpg"): p.unlink() if p.stem[-1] not in "0123" else None
     said = cli("--root", mine, ok=False)
     assert "samples have no image" in said and "--incomplete skip" in said and not (mine.parent / "data").exists()
@@ -186,7 +167,7 @@ def test_copies_are_found_across_splits_and_classes(mine):
     assert len(copies) == len(across(copies)) == len(across(copies, 2)) == 1 and {i for _, i, _ in copies[0]} == {"pho_1", "pho_700", "ceviche_700"}
 
 
-def test_published_style_lists_bring_text_and_need_no_titles(mine, cli):
+def test_published_style_lists_bring_text_and_need_no_titles(mine):
     how = lists(mine)
     shutil.rmtree(mine / "texts")
     shutil.move(mine / "images/train/baklava/baklava_1.jpg", mine / "images/train/baklava/sub.jpg")
@@ -198,7 +179,7 @@ def test_published_style_lists_bring_text_and_need_no_titles(mine, cli):
     assert all(x["text"].startswith("list ") for x in s.train.ds.select_columns(["text"]))
 
 
-def test_lists_that_do_not_fit(mine, cli):
+def test_lists_that_do_not_fit(mine):
     for change, why in ((lambda rows: rows + [dict(rows[0], id="x1", img="images/test/pho/pho_9999.jpg"), dict(rows[0], id="x2", img="gone.jpg")], "2 of 152 samples that are not there (x1, x2)"),
                         (lambda rows: rows + rows[:1], "is in the test list and again in the test list"),
                         (lambda rows: rows + [json.loads((mine.parent / "train.jsonl").read_text().splitlines()[0])], "is in the train list and in the test list"),
@@ -210,7 +191,7 @@ def test_lists_that_do_not_fit(mine, cli):
     assert "left out: 1 samples that the split lists name" in cli("--root", mine, "--split", *how, "--absent", "skip", "--size", 24)
 
 
-def test_wrong_roots_titles_and_names(mine, cli):
+def test_wrong_roots_titles_and_names(mine):
     assert "give the folder that holds images/ and texts/ as --root" in cli("--root", mine / "images", ok=False)
     assert "did you mean 'official'" in cli("--root", mine, "--split", "offical", ok=False)
     shutil.copy(mine / "images/train/pho/pho_1.jpg", mine / "images/test/pho/pho_1.jpg")

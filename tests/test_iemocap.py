@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from collections import Counter
 
 import av
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from conftest import ROOT
+from conftest import POINTER, ROOT, script
 from mla_nb.core import InputError, check_dataset, datasets
 from mla_nb.data import media
 from mla_nb.data.iemocap import CLASSES, half, iemocap_rows, iemocap_splits, prepare_iemocap, read_emotions, read_words
@@ -24,29 +25,13 @@ from mla_nb.data.miniature import miniature
 from mla_nb.experiments import Run, run
 
 SMALL = dict(audio="log_mel", seconds=1.5, size=24, progress=False)
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory): return miniature("iemocap", tmp_path_factory.mktemp("raw") / "IEMOCAP_full_release", 120)
 
 
-@pytest.fixture
-def mine(tree, tmp_path, monkeypatch):
-    "A tree of one's own to spoil, and an empty folder to work in"
-    monkeypatch.chdir(tmp_path)
-    return shutil.copytree(tree, tmp_path / "raw")
-
-
-def cli(*args, ok=True):
-    "The script as a command, in this process: importing everything again would take longer than what is tested"
-    said, code = io.StringIO(), None
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as m:
-        m.setattr(sys, "argv", [*map(str, ["x", *args, "--workers", 0])])
-        try: runpy.run_path(str(ROOT / "data_scripts" / "prepare_iemocap.py"), run_name="__main__")
-        except SystemExit as e: code = e.code
-    assert (code is None) == ok and "\n" not in str(code), (said.getvalue(), code)
-    return f"{said.getvalue()}{code}"
+cli = partial(script, "iemocap")
 
 
 def refused(root, why, split=("random",), **kw):
@@ -183,7 +168,7 @@ def test_missing_words_are_absent_and_broken_recordings_left_out(mine, capsys):
     lost = {r["id"] for r in rows if r["id"].startswith("Ses02F_impro01")} | {"Ses03F_impro01_F000"}
     wavs = {r["id"]: mine / r["audio"] for r in rows if r["session"] == 4}
     bad = dict(zip(wavs, ("is empty", "git-lfs pointer", "cut short", "no such recording")))
-    spoil = [lambda p: p.write_bytes(b""), lambda p: p.write_text(POINTER), lambda p: p.write_bytes(p.read_bytes()[:500]), lambda p: p.unlink()]
+    spoil = [lambda p: p.write_bytes(b""), lambda p: p.write_bytes(POINTER), lambda p: p.write_bytes(p.read_bytes()[:500]), lambda p: p.unlink()]
     for i, f in zip(bad, spoil): f(wavs[i])
     x, rate = sf.read(wavs[list(wavs)[5]])
     sf.write(wavs[list(wavs)[5]], np.stack([x, x], 1).repeat(2, 0), 2 * rate), sf.write(wavs[list(wavs)[6]], x[::2], 8000)     # resampled, not refused
@@ -212,7 +197,7 @@ WRONG = {"no avi": (lambda r: [p.unlink() for p in r.rglob("*.avi")], "no dialog
          "backwards": (lambda r: labels(r).write_text("[8.2 - 6.1]\tSes01F_impro01_F000\tneu\t[2, 2, 2]\n"), "line 1: .* is not an utterance"),
          "other dialogue": (lambda r: labels(r).write_text("[6.1 - 8.2]\tSes01F_impro02_F000\tneu\t[2, 2, 2]\n"), "not an utterance of this dialogue"),
          "code": (lambda r: labels(r).write_text("[6.1 - 8.2]\tSes01F_impro01_F000\tsda\t[2, 2, 2]\n"), "unknown emotion .*'sda': did you mean 'sad'"),
-         "pointers": (lambda r: [p.write_text(POINTER) for p in r.rglob("*.wav")], "hardly the right folder.*git-lfs pointer"),
+         "pointers": (lambda r: [p.write_bytes(POINTER) for p in r.rglob("*.wav")], "hardly the right folder.*git-lfs pointer"),
          "sound only": (no_video_stream, "hardly the right folder.*no video stream")}
 
 

@@ -6,6 +6,7 @@ import pytest
 import soundfile as sf
 import torch
 
+from conftest import POINTER
 from mla_nb.core import InputError
 from mla_nb.data.media import (FEATURES, media_options, open_image, prepare_media, read_media, read_split, read_text, share_out, sound_of, split_by_files,
                                the_splits, video_frames, write_video)
@@ -14,7 +15,6 @@ from mla_nb.data.prepared import evenly, load_prepared, prepare
 from mla_nb.encoders.visual import encode_image
 
 KINDS = "flv", "mp4", "avi"
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +204,11 @@ def test_nothing_of_the_users_is_ever_removed(clips, tmp_path, name):
     for force in (False, True):
         with pytest.raises(InputError, match="so we did not make it"): prepare_media("toy", ["a", "b"], sources(clips), ["audio"], media_options(audio="log_mel"), {}, out=tmp_path / "mine", force=force, progress=False)
     assert (tmp_path / "mine" / name).read_text() == "precious"
+    done = prepare_media("toy", ["a", "b"], sources(clips), ["audio"], media_options(audio="log_mel"), {}, out=tmp_path / "done", progress=False)
+    (done / name).write_text("precious")
+    if name != "incomplete.csv":            # which scripts write there themselves
+        with pytest.raises(InputError, match="which would be lost"): prepare_media("toy", ["a", "b"], sources(clips), ["audio"], media_options(audio="log_mel"), {}, out=done, force=True, progress=False)
+        assert (done / name).read_text() == "precious"
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     with pytest.raises(InputError, match="is a link"): prepare_media("toy", ["a", "b"], sources(clips), ["audio"], media_options(audio="log_mel"), {}, out=tmp_path / "link", progress=False)
 
@@ -222,3 +227,22 @@ def test_what_a_stranger_found(clips, tmp_path):
     sf.write(tmp_path / "click.wav", np.ones(20, "f4") / 2, 16000)
     for f in FEATURES: assert np.isfinite(read_media(dict(id="x", y="a", audio=tmp_path / "click.wav"), media_options(audio=f))["audio"]).all()
     assert not (tmp_path / "toy").exists()
+
+
+@pytest.mark.parametrize("where", ["checksum", "rename", "after"])
+def test_a_kill_at_the_very_end_loses_nothing(clips, tmp_path, monkeypatch, where):
+    "Not the work, and not the list of what was left out"
+    from mla_nb.data import prepared
+    args = ("toy", ["a", "b"], sources(clips, bad=(3, 17)), ["audio"], media_options(audio="log_mel"), {})
+    whole = prepare_media(*args, tmp_path / "whole", progress=False)
+    def die(*_, **__): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        if where == "checksum": m.setattr(prepared, "sha256", die)
+        else: m.setattr(prepared.Path, "rename" if where == "rename" else "unlink", die)
+        if where == "after": m.setattr(prepared, "write_atomic", lambda p, c: c(p) if callable(c) else p.write_text(c))     # which unlinks, too
+        with pytest.raises(KeyboardInterrupt): prepare_media(*args, tmp_path / "cut", progress=False)
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "cut").rglob("*.arrow")}
+    cut = prepare_media(*args, tmp_path / "cut", progress=False)
+    assert made and [p.stat().st_mtime_ns for p in sorted(cut.glob("*.arrow"))] == [made[p] for p in sorted(made)]      # read once
+    assert {p.name: p.read_bytes() for p in cut.iterdir() if p.suffix in (".arrow", ".csv")} == {p.name: p.read_bytes() for p in whole.iterdir() if p.suffix in (".arrow", ".csv")}
+    assert json.loads((cut / "dataset.json").read_text())["skipped"] == {"train": 1, "valid": 1}

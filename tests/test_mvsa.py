@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 
-from conftest import ROOT, SHARED
+from conftest import POINTER, ROOT, SHARED, script
 from mla_nb.core import InputError, check_dataset, datasets
 from mla_nb.data.food101 import across, repeats
 from mla_nb.data.media import media_options, read_media, read_split
@@ -23,33 +24,13 @@ from mla_nb.experiments import Run, run
 
 SCRIPT = ROOT / "data_scripts/prepare_mvsa.py"
 SMALL = dict(size=24, progress=False)
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory): return miniature("mvsa", tmp_path_factory.mktemp("raw") / "mvsa", 240)
 
 
-@pytest.fixture
-def mine(tree, tmp_path, monkeypatch):
-    "A tree of one's own to spoil, and an empty folder to work in"
-    monkeypatch.chdir(tmp_path)
-    return shutil.copytree(tree, tmp_path / "raw")
-
-
-@pytest.fixture
-def cli(monkeypatch, capfd):
-    "The script, in this process: a new interpreter for every sentence would take minutes"
-    def call(*args, ok=True):
-        monkeypatch.setattr(sys, "argv", ["prepare_mvsa.py", "--workers", "0", *map(str, args)])
-        capfd.readouterr()
-        try: runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as e:
-            assert ok is not (e.code not in (None, 0)), e
-            print(e)
-        else: assert ok
-        return "".join(capfd.readouterr())
-    return call
+cli = partial(script, "mvsa")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +76,7 @@ def test_a_tree_with_the_real_labels_splits_as_published(real, tmp_path, capsys)
 def test_rules(text, image, one, two): assert (agree(text, image), resolve(text, image)) == (one, two)
 
 
-def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine, cli):
+def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine):
     out = cli("--root", mine, "--size", 24)
     n = len(mvsa_rows(mine))
     assert "ready: data/mvsa" in out and "neutral" in out and 150 < n < 240
@@ -113,11 +94,11 @@ def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine, cli):
     assert (cfg.encoder, cfg.epochs, cfg.batch_size, cfg.lr) == ("image=resnet18,text=small", 100, 64, 1e-3)
 
 
-def test_the_miniature_says_that_it_is_one(tmp_path, monkeypatch, cli):
+def test_the_miniature_says_that_it_is_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     miniature("mvsa", "data/raw/mvsa-miniature", 96)
     assert "nothing in it was recorded" in cli("--miniature")
-    assert "made, not collected" in (tmp_path / "data/mvsa-miniature/dataset.json").read_text()
+    assert "made, not recorded" in (tmp_path / "data/mvsa-miniature/dataset.json").read_text()
 
 
 def test_killed_in_mid_way_and_started_again(mine, tmp_path):
@@ -186,7 +167,7 @@ def lists(root, change=lambda rows: rows):
     return [f"{k}.jsonl" for k in LISTS]
 
 
-def test_lists_bring_text_and_labels_and_need_no_table(mine, cli):
+def test_lists_bring_text_and_labels_and_need_no_table(mine):
     how = lists(mine, lambda rows: [dict(rows[0], label="positive" if rows[0]["label"] != "positive" else "negative"), *rows[1:]])
     out = cli("--root", mine, "--split", *how, "--size", 24)
     assert "1 labels of the lists are not what the rule 'agree' makes of labelResultAll.txt" in out and "ready: data/mvsa" in out
@@ -220,7 +201,7 @@ def test_a_wrong_label_file_names_the_line(tmp_path, what):
     with pytest.raises(InputError, match=BAD[what][1]): read_labels(tmp_path / "l.txt")
 
 
-def test_wrong_roots_and_options(mine, cli):
+def test_wrong_roots_and_options(mine):
     assert "give the folder that holds data/ and labelResultAll.txt as --root" in cli("--root", mine / "data", ok=False)
     assert "did you mean 'resolve'" in cli("--root", mine, "--labels", "resolved", ok=False)
     assert "unknown split" in cli("--root", mine, "--split", "official", ok=False)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from conftest import ROOT
+from conftest import POINTER, ROOT, script
 from mla_nb.core import InputError, check_dataset, datasets
 from mla_nb.data.media import load_prepared, write_video
 from mla_nb.data.miniature import miniature
@@ -24,7 +24,6 @@ from mla_nb.experiments import Run, run
 
 SMALL = dict(audio="log_mel", seconds=1.5, size=24, progress=False)
 FLAGS = ["--audio", "log_mel", "--seconds", 1.5, "--size", 24]
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +48,6 @@ def mine(example, here): return shutil.copytree(example, here / "study")
 def clips(videos, here): return shutil.copytree(videos, here / "KS")
 
 
-def cli(script, *args, ok=True):
-    "The script as a command, in this process: importing everything again would take longer than what is tested"
-    said, code = io.StringIO(), None
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as m:
-        m.setattr(sys, "argv", [*map(str, ["x", *args, "--workers", 0])])
-        try: runpy.run_path(str(ROOT / "data_scripts" / f"prepare_{script}.py"), run_name="__main__")
-        except SystemExit as e: code = e.code
-    assert (code is None) == ok and "\n" not in str(code), (said.getvalue(), code)
-    return f"{said.getvalue()}{code}"
-
-
 def stamps(folder): return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
@@ -76,11 +64,11 @@ def change(table, how):
 
 def test_from_a_table_to_a_run_and_twice_is_nothing(mine, here):
     args = ["--table", mine / "table.csv", "--name", "day", *FLAGS]
-    out = cli("own", *args)
+    out = script("own", *args)
     assert "ready: data/own-day" in out and "calm" in out
     before = stamps(here / "data")
-    assert "already prepared: 120" in cli("own", *args) and stamps(here / "data") == before
-    assert "prepared differently (options was" in cli("own", *args, "--fps", 2, ok=False)
+    assert "already prepared: 120" in script("own", *args) and stamps(here / "data") == before
+    assert "prepared differently (options was" in script("own", *args, "--fps", 2, ok=False)
     s = own(variant="day")
     check_dataset(s)
     assert s.classes == ["calm", "glad", "low", "tense"] and list(s.modalities) == ["audio", "image", "text"]
@@ -94,17 +82,17 @@ def test_from_a_table_to_a_run_and_twice_is_nothing(mine, here):
 
 def test_miniature_says_what_it_is(example, here):
     shutil.copytree(example, here / "data/raw/own-miniature")           # is taken as it is: making it takes a while
-    out = cli("own", "--miniature")
+    out = script("own", "--miniature")
     assert "nothing in it was recorded" in out and "ready: data/own-miniature" in out
     meta = json.loads((here / "data/own-miniature/dataset.json").read_text())
     assert "made, not recorded" in meta["source"]["name"] and meta["modalities"]["audio"]["info"]["feature"] == "log_mel" and meta["modalities"]["image"]["info"]["size"] == 48
 
 
-@pytest.mark.parametrize("script", ["own", "kinetics"])
-def test_kill_9_is_repaired_by_running_again(script, mine, clips, here):
-    what = ["--table", str(mine / "table.csv")] if script == "own" else ["--root", str(clips)]
+@pytest.mark.parametrize("name", ["own", "kinetics"])
+def test_kill_9_is_repaired_by_running_again(name, mine, clips, here):
+    what = ["--table", str(mine / "table.csv")] if name == "own" else ["--root", str(clips)]
     args = [*what, "--size", "24", "--workers", "0"]
-    p = subprocess.Popen([sys.executable, str(ROOT / f"data_scripts/prepare_{script}.py"), *args, "--out", "cut"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    p = subprocess.Popen([sys.executable, str(ROOT / f"data_scripts/prepare_{name}.py"), *args, "--out", "cut"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 90
     while not list(here.glob("cut.partial/*.arrow")) and time.time() < deadline and p.poll() is None: time.sleep(.002)
     os.killpg(p.pid, signal.SIGKILL)
@@ -112,7 +100,7 @@ def test_kill_9_is_repaired_by_running_again(script, mine, clips, here):
     assert not (here / "cut").exists(), "it was faster than the test; make the example larger"
     first = {f.name: f.stat().st_mtime_ns for f in here.glob("cut.partial/*.arrow")}
     assert first
-    for out in ("cut", "whole"): cli(script, *args, "--out", out)
+    for out in ("cut", "whole"): script(name, *args, "--out", out)
     assert {f.name: f.read_bytes() for f in (here / "cut").iterdir()} == {f.name: f.read_bytes() for f in (here / "whole").iterdir()}
     assert all((here / "cut" / n).stat().st_mtime_ns == t for n, t in first.items())
 
@@ -178,7 +166,7 @@ def test_wrong_arguments(mine, here):
     (here / "bad.jsonl").write_text('{"id": 1, "label": "a", "text": "x"}\n{"id": 2')
     (here / "list.jsonl").write_text('{"id": 1, "label": "a", "text": "x"}\n[1]')
     for args, why in ((["--table", "nowhere.csv"], "there is no such text file"), (["--table", "study"], "is a folder"), (["--table", "empty.csv"], "the file is empty"), (["--table", "head.csv"], "no samples found"), (["--table", "bad.jsonl"], "line 2: not valid JSON"),
-                      (["--table", "study/table.csv", "--name", "../x"], "becomes a folder")): assert why in cli("own", *args, ok=False)
+                      (["--table", "study/table.csv", "--name", "../x"], "becomes a folder")): assert why in script("own", *args, ok=False)
     with pytest.raises(InputError, match="line 2: .* is not an object"): read_table("list.jsonl")
     assert not (here / "data").exists()
 
@@ -187,7 +175,7 @@ def test_absent_and_broken_files(mine, here, capsys):
     "Files that are not there can be left out; broken ones are, and listed; stereo and other rates are resampled"
     wav = lambda k: mine / f"sounds/p{k:03}.wav"
     for k in (10, 11): wav(k).unlink()
-    wav(20).write_bytes(b""), wav(21).write_text(POINTER), wav(22).write_bytes(wav(22).read_bytes()[:400]), (mine / "photos/p023.jpg").write_bytes(b"\xff\xd8\xff")
+    wav(20).write_bytes(b""), wav(21).write_bytes(POINTER), wav(22).write_bytes(wav(22).read_bytes()[:400]), (mine / "photos/p023.jpg").write_bytes(b"\xff\xd8\xff")
     x, _ = sf.read(wav(30))
     sf.write(wav(30), np.stack([x, x], 1), 44100), sf.write(wav(31), x[::2], 8000)
     with pytest.raises(InputError, match="2 of 120 samples .*--absent skip"): prepare_own(mine / "table.csv", "x", **SMALL)
@@ -205,17 +193,17 @@ def test_the_example_is_not_made_twice(mine):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_one_sentence(mine, here):
     (here / "locked").mkdir(mode=0o500)
-    assert "cannot read or write" in cli("own", "--table", mine / "table.csv", "--data", "locked", *FLAGS, ok=False)
+    assert "cannot read or write" in script("own", "--table", mine / "table.csv", "--data", "locked", *FLAGS, ok=False)
 
 
 # Kinetics-Sounds ----------------------------------------------------------------------------------------------------
 
 def test_kinetics_from_lists_to_a_run_and_twice_is_nothing(clips, here):
     args = ["--root", clips, "--split", clips / "train.csv", clips / "test.csv", *FLAGS]
-    out = cli("kinetics", *args)
+    out = script("kinetics", *args)
     assert "ready: data/kinetics" in out and "tap_dancing" in out
     before = stamps(here / "data")
-    assert "already prepared: 72" in cli("kinetics", *args) and stamps(here / "data") == before
+    assert "already prepared: 72" in script("kinetics", *args) and stamps(here / "data") == before
     s = datasets["kinetics"]()
     check_dataset(s)
     assert set(s.test.ids) == {line.split(".")[0] for line in (clips / "test.csv").read_text().splitlines()} and s.classes == sorted(s.classes)
@@ -233,7 +221,7 @@ def test_kinetics_folders_and_lists(clips, here):
     for f, why in (("more", r"2 of 74 samples that are not there \(gone1, gone2\)"), ("both", "in the train list and in the test list"), ("sleep", "unknown label .*'sleeping'"), ("other", "lie in another class folder than the lists say")):
         with pytest.raises(InputError, match=why): prepare_kinetics(clips, ["a.csv", f"{f}.csv"], **SMALL)
     assert len(kinetics_splits(rows, ["a.csv", "more.csv"], absent="skip")["test"]) == 36
-    assert "did you mean 'random'" in cli("kinetics", "--root", clips, "--split", "randon", ok=False)
+    assert "did you mean 'random'" in script("kinetics", "--root", clips, "--split", "randon", ok=False)
     shutil.copy(rows[0]["video"], clips / "videos/tap_dancing")
     with pytest.raises(InputError, match="occurs more than once"): prepare_kinetics(clips, **SMALL)
     for root, why in (("nowhere", "there is no such folder"), (here, "no class folders with videos"), (clips / "videos/bowling", "no class folders")):

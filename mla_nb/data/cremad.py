@@ -46,7 +46,7 @@ def cremad_splits(
     "Random, by actor, or as published; where no validation split is published, it is a tenth of training, stratified"
     return the_splits(rows, list(how), LABELS, seed, absent, groups=dict(speaker='actor'))
 
-# %% ../../nbs/data/21_cremad.ipynb #310020e7
+# %% ../../nbs/data/21_cremad.ipynb #6b271c14
 def prepare_cremad(
     root, split=('random',),    # the repository; as in `cremad_splits`
     data='data', variant:str='', out=None, absent:str='error',
@@ -56,7 +56,6 @@ def prepare_cremad(
     "CREMA-D -> a prepared dataset"
     o = media_options(**options)
     splits = cremad_splits(cremad_rows(root), split, o['seed'], absent)
-    source = dict(name='CREMA-D (miniature: made, not recorded)' if (Path(root)/'MINIATURE.txt').exists() else 'CREMA-D', split=[Path(s).name for s in split])
-    return prepare_media('cremad', list(EMOTIONS.values()), splits, ['audio', 'video'], o, source, data, variant, out, workers, force, progress)
+    return prepare_media('cremad', list(EMOTIONS.values()), splits, ['audio', 'video'], o, origin('CREMA-D', root, split), data, variant, out, workers, force, progress)
 
 cremad = media_dataset('cremad', 'CREMA-D (audio, video; 6 emotions), prepared by data_scripts/prepare_cremad.py', encoder='resnet18', epochs=100, batch_size=64, lr=1e-3)

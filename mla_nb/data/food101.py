@@ -122,7 +122,7 @@ def food101_splits(
     train, valid = share_out([r for r in rows if r['split'] == 'train'], (.9, .1), seed)
     return dict(train=train, valid=valid, test=[r for r in rows if r['split'] == 'test'])
 
-# %% ../../nbs/data/22_food101.ipynb #709e7ac0
+# %% ../../nbs/data/22_food101.ipynb #004ddb6e
 def halves(
     splits:dict, names,     # split -> rows; the modalities that a whole sample has
     incomplete:str='keep',  # or 'skip'
@@ -144,9 +144,8 @@ def prepare_pairs(
 )->Path:
     "Pictures with text -> a prepared dataset, and a list of those that lack one of the two"
     splits, gaps = halves(splits, ('image', 'text'), o['incomplete'])
-    lost, made = Counter(g['lacks'] for g in gaps), (Path(root)/'MINIATURE.txt').exists()
-    source = dict(name=title + (' (miniature: made, not collected)' if made else ''), split=[Path(s).name for s in split], incomplete=dict(lost))
-    out = prepare_media(name, classes, splits, ['image', 'text'], o, source, progress=progress, **where)
+    lost = Counter(g['lacks'] for g in gaps)
+    out = prepare_media(name, classes, splits, ['image', 'text'], o, dict(origin(title, root, split), incomplete=dict(lost)), progress=progress, **where)
     if gaps:
         text = io.StringIO()
         (w := csv.DictWriter(text, ['split', 'id', 'lacks'])).writeheader(); w.writerows(gaps)

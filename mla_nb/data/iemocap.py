@@ -93,7 +93,7 @@ def iemocap_splits(
     train, valid = share_out([r for r in rows if str(r['session']) != k], (.9, .1), seed)
     return dict(train=train, valid=valid, test=[r for r in rows if str(r['session']) == k])
 
-# %% ../../nbs/data/24_iemocap.ipynb #e6946a4f
+# %% ../../nbs/data/24_iemocap.ipynb #b9ae83fb
 def prepare_iemocap(
     root, split=('random',),    # the release; as in `iemocap_splits`
     data='data', variant:str='', out=None, absent:str='error',
@@ -108,7 +108,6 @@ def prepare_iemocap(
     if silent == len(rows): raise InputError(f"{root}: no utterance has its words (Session…/dialog/transcriptions/*.txt); unpack the whole release again.")
     if silent and progress: print(f'note: {silent} of {len(rows):,} utterances have no transcript; their text is absent')
     splits = iemocap_splits(rows, split, o['seed'], absent)
-    source = dict(name='IEMOCAP (miniature: made, not recorded)' if (Path(root)/'MINIATURE.txt').exists() else 'IEMOCAP', split=[Path(s).name for s in split])
-    return prepare_media('iemocap', CLASSES, splits, ['audio', *(['video'] if faces != 'none' else []), 'text'], o, source, data, variant, out, workers, force, progress)
+    return prepare_media('iemocap', CLASSES, splits, ['audio', *(['video'] if faces != 'none' else []), 'text'], o, origin('IEMOCAP', root, split), data, variant, out, workers, force, progress)
 
 iemocap = media_dataset('iemocap', 'IEMOCAP (audio, video, text; 4 emotions), prepared by data_scripts/prepare_iemocap.py', encoder='audio=resnet18,video=resnet18,text=small', epochs=100, batch_size=64, lr=1e-3)

@@ -46,7 +46,7 @@ def own_example(
     write_atomic(root/'table.csv', write)               # last: a table that is there is whole
     return root/'table.csv'
 
-# %% ../../nbs/data/25_own.ipynb #71405cd8
+# %% ../../nbs/data/25_own.ipynb #25f6aeaf
 PATHS = ('audio', 'video', 'image', 'text_file')
 COLUMNS = ('id', 'label', 'split', 'group', *PATHS, 'text')
 PARTS = {**dict.fromkeys(('train', 'training'), 'train'), **dict.fromkeys(('valid', 'validation', 'val', 'dev'), 'valid'), **dict.fromkeys(('test', 'testing'), 'test')}
@@ -66,8 +66,7 @@ def _csv_lines(path, text):
 
 def _json_lines(path, text):
     "The same of JSON lines"
-    for k, line in enumerate(text.splitlines(), 1):
-        if not line.strip(): continue
+    for k, line in numbered(text):
         try: row = json.loads(line)
         except ValueError as e: raise InputError(f"{path}, line {k}: not valid JSON ({e}).") from None
         if not isinstance(row, dict): raise InputError(f"{path}, line {k}: {line.strip()[:40]!r} is not an object; expected {{\"id\": …, \"label\": …}}.")
@@ -132,7 +131,7 @@ def _there(rows, absent):
     print(f'left out: {said}')
     return [r for r in rows if r['id'] not in lost]
 
-# %% ../../nbs/data/25_own.ipynb #750464b4
+# %% ../../nbs/data/25_own.ipynb #1a8cbff3
 def prepare_own(
     table, name:str='',         # a CSV or JSON-lines file; what to call it (default: the file's name)
     split:str='',               # as in `own_splits`
@@ -148,8 +147,7 @@ def prepare_own(
     splits = own_splits(rows, split, o['seed'])
     for m in names:
         if not any(m in r or m == 'text' and 'text_file' in r for r in splits['train']): raise InputError(f"no training sample has {m}, so nothing can be learnt from it; change the split, or remove that column.")
-    made = ' (miniature: made, not recorded)' if (Path(table).parent/'MINIATURE.txt').exists() else ''
-    return prepare_media('own', classes, splits, names, o, dict(name=name + made, table=Path(table).name, split=split or 'default'), data, name, out, workers, force, progress)
+    return prepare_media('own', classes, splits, names, o, dict(origin(name, Path(table).parent, [split or 'default']), table=Path(table).name), data, name, out, workers, force, progress)
 
 def own(data:str='data', variant:str='')->Splits:
     "Your own data, prepared by data_scripts/prepare_own.py; variant is the name it was given"
@@ -161,7 +159,7 @@ def own(data:str='data', variant:str='')->Splits:
 own.folder = lambda data='data', variant='': media_folder('own', data, variant)
 datasets(own);
 
-# %% ../../nbs/data/25_own.ipynb #908bcfa4
+# %% ../../nbs/data/25_own.ipynb #5c541f93
 def own_main(doc:str, argv=None):
     "The command line of `prepare_own`"
     import argparse
@@ -173,16 +171,15 @@ def own_main(doc:str, argv=None):
     p.add_argument('--split', default='', metavar='HOW', help="'column' (what the table says), 'random', or 'group' (no group in two parts); default: the column if there is one, else random")
     p.add_argument('--absent', default='error', choices=['error', 'skip'], help='what to do about samples whose files are not there (default: error)')
     add_options(p)
-    p.set_defaults(**{k: None for k in media_options()})
     a = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
     def do():
         if not a.pop('miniature'): return prepare_own(**a)
         table = own_example(Path(a['data'])/'raw/own-miniature')
         print(f'{table}: a made table; nothing in it was recorded')
-        return prepare_own(table, **{'audio': 'log_mel', 'seconds': 1.5, 'size': 48, **a, 'name': a['name'] or 'miniature'})
+        return prepare_own(table, **{**SMALL, **a, 'name': a['name'] or 'miniature'})
     in_a_sentence('own', do)
 
-# %% ../../nbs/data/25_own.ipynb #b1ac3c60
+# %% ../../nbs/data/25_own.ipynb #9c0e8ee8
 def kinetics_rows(
     root,       # with videos/<class>/<clip>.mp4, or <class>/<clip>.mp4
 )->list:        # rows for `read_media`, sorted
@@ -200,7 +197,7 @@ def kinetics_splits(
 )->dict:                # split -> rows
     "As listed, or random; in lists, classes may be written with spaces or underscores"
     plain = lambda c: c.lower().replace('_', ' ')
-    classes = {c for r in rows for c in [r['y']]}
+    classes = {r['y'] for r in rows}
     labels = {w: c for c in classes for w in (c.lower(), plain(c), plain(c).replace(' ', '_'))}
     folder, splits = {r['id']: r['y'] for r in rows}, the_splits(rows, list(how), labels, seed, absent)
     odd = [r for v in splits.values() for r in v if folder[r['id']] != r['y']]
@@ -216,7 +213,6 @@ def prepare_kinetics(
     "Kinetics-Sounds -> a prepared dataset"
     o, rows = media_options(**options), kinetics_rows(root)
     splits = kinetics_splits(rows, split, o['seed'], absent)
-    source = dict(name='Kinetics-Sounds (miniature: made, not recorded)' if (Path(root)/'MINIATURE.txt').exists() else 'Kinetics-Sounds', split=[Path(s).name for s in split])
-    return prepare_media('kinetics', sorted({r['y'] for r in rows}), splits, ['audio', 'video'], o, source, data, variant, out, workers, force, progress)
+    return prepare_media('kinetics', sorted({r['y'] for r in rows}), splits, ['audio', 'video'], o, origin('Kinetics-Sounds', root, split), data, variant, out, workers, force, progress)
 
 kinetics = media_dataset('kinetics', 'Kinetics-Sounds (audio, video), prepared by data_scripts/prepare_kinetics.py', encoder='resnet18', epochs=100, batch_size=64, lr=1e-3)
