@@ -233,7 +233,7 @@ def test_kinetics_broken_videos_are_left_out_with_a_reason(clips, here):
     found = kinetics_rows(clips)[::9]
     frames = np.zeros((16, 32, 32, 3), "u1")
     sf.write(here / "sound.wav", np.zeros(16000), 16000)
-    spoil = {"is empty": lambda p: open(p, "w").close(), "git-lfs pointer": lambda p: open(p, "w").write(POINTER), "not a readable|cut short|damaged": lambda p: os.truncate(p, os.path.getsize(p) // 2),
+    spoil = {"is empty": lambda p: open(p, "w").close(), "git-lfs pointer": lambda p: open(p, "wb").write(POINTER), "not a readable|cut short|damaged": lambda p: os.truncate(p, os.path.getsize(p) // 2),
              "no audio stream": lambda p: write_video(p, frames, 8), "no video stream": lambda p: shutil.copy(here / "sound.wav", p)}
     for r, f in zip(found, spoil.values()): f(r["video"])
     out = prepare_kinetics(clips, **SMALL)
