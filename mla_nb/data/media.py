@@ -326,6 +326,8 @@ def prepare_media(
     odd = [r for r in rows if r['y'] not in known]
     if odd: raise unknown(f"label of {odd[0]['id']!r}", odd[0]['y'], classes)
     classes = [c for c in classes if any(r['y'] == c for r in rows)]
+    new = sorted({r['y'] for k, part in splits.items() if k != 'train' for r in part} - {r['y'] for r in splits['train']})
+    if new: raise InputError(f"{name}: {', '.join(map(repr, new[:3]))} in validation or test but in no training sample; every class tested must be trained: split otherwise.")
     out = prepare(out or media_folder(name, data, variant), name, classes, media_modalities(names, o), splits, partial(read_media, o=o), dict(source, sha256=_rows_sha(splits)), o,
                   shard, workers, force, progress, skip=True)
     if progress: print(summary(out))

@@ -172,7 +172,8 @@ def _already(out, plan):
     old = read_json(out/'dataset.json', ['counts', 'shards'], 'replace the dataset with --force')
     differs = [k for k in plan if old.get(k) != plan[k]]
     if differs:
-        detail = '; '.join(f"{k} was {old.get(k)}, now {plan[k]}" for k in differs if k in ('options', 'source')) or ', '.join(differs)
+        parts = [(f'{k}.{n}', was.get(n), now.get(n)) for k in differs if k in ('options', 'source') for was, now in [(old.get(k) or {}, plan[k])] for n in {**was, **now}]
+        detail = '; '.join(f"{n} was {was!r}, now {now!r}" for n, was, now in parts if was != now and n != 'source.sha256') or ('other samples or labels' if differs == ['source'] else ', '.join(differs))
         raise InputError(f"{out} was prepared differently ({detail}); choose another folder with --out, or replace it with --force.")
     verify(out)
     print(f"{out} is already prepared: {sum(c['total'] for c in old['counts'].values())} samples")
