@@ -38,7 +38,7 @@ TRAIN := $(if $(LR),-p lr $(LR)) $(if $(BATCH),-p batch_size $(BATCH))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help setup demo prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test lab chapter export clean readme check-python lock benchmark results
+.PHONY: help setup demo prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test site lab chapter export clean readme check-python lock benchmark results
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -100,6 +100,9 @@ benchmark: $(READY) ## the cost of a step, against the bare encoders, and of eve
 	$(BIN)/python benchmarks/input.py
 gpu: $(READY) ## every dataset's preset at full size for two epochs, into results/gpu.json (on a machine with a GPU)
 	$(BIN)/python benchmarks/gpu.py
+site: $(READY) ## the chapters and the API as a web site in _site/html/
+	$(BIN)/python tools/site.py build
+	$(BIN)/python tools/site.py check
 params: $(READY) ## parameter files for papermill, one per dataset and method
 	$(BIN)/python tools/params.py
 results: $(READY) ## every run behind the tables, about an hour: make results ARCHIVE=FILE.zip
