@@ -53,3 +53,29 @@ def test_badges_wait_for_a_repository(tool, monkeypatch):
     assert tool.badges(path) == ""                                                          # settings.ini names none yet
     monkeypatch.setattr(tool, "settings", lambda: {"git_url": "https://github.com/me/mla_nb", "branch": "main"})
     assert "colab.research.google.com/github/me/mla_nb/blob/main/nbs/11_fusion.ipynb" in tool.badges(path) and "mybinder.org/v2/gh/me/mla_nb/main" in tool.badges(path)
+
+
+def test_publish_puts_badges_and_an_install_cell_into_every_chapter(tmp_path):
+    import json
+    import shutil
+    pytest.importorskip("nbdev")
+    for n in ("settings.ini", "pyproject.toml", "README.md", "tools"): (shutil.copytree if (ROOT / n).is_dir() else shutil.copy)(ROOT / n, tmp_path / n)
+    for n in ("11_fusion", "data/20_digits"):
+        (tmp_path / f"nbs/{n}").parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / f"nbs/{n}.ipynb", tmp_path / f"nbs/{n}.ipynb")
+    call = lambda url: subprocess.run([sys.executable, str(tmp_path / "tools/nbs.py"), "publish", url], capture_output=True, text=True, cwd=tmp_path)
+    bad = call("https://example.invalid/x")
+    assert bad.returncode and "expected https://github.com/NAME/REPOSITORY" in bad.stderr
+    first = None
+    for url in ("https://github.com/you/old", "https://github.com/me/mla_nb.git", "https://github.com/me/mla_nb"):
+        done = call(url)
+        assert done.returncode == 0, done.stderr
+        texts = {p: p.read_text() for p in (tmp_path / "nbs").rglob("[0-9]*.ipynb")}
+        if url.endswith("mla_nb"): assert texts == first                                     # twice is once
+        first = texts
+    assert len(texts) == 2
+    for p, text in texts.items():
+        head, install = ("".join(c["source"]) for c in json.loads(text)["cells"][:2])
+        assert f"github/me/mla_nb/blob/main/{p.relative_to(tmp_path)}" in head and "you/old" not in text
+        assert head.count("colab-badge") == 1 and head.startswith("# ") and 'git+https://github.com/me/mla_nb@main"' in install and "%pip" in install
+    assert "git_url = https://github.com/me/mla_nb\n" in (tmp_path / "settings.ini").read_text()

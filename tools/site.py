@@ -60,7 +60,7 @@ def page(path):
         out.append(c)
     if out and out[0].cell_type == "markdown" and path.stem != "index":
         number = path.stem.split("_")[0]
-        head, _, rest = out[0].source.partition("\n")
+        head, _, rest = re.sub(r"\n\n\[!\[Open in .*?(?=\n\n|\Z)", "", out[0].source, flags=re.S).partition("\n")        # pictures from elsewhere
         out[0].source = f"{head.replace('# ', f'# {number} · ', 1)}\n\n{badges(path)}{rest}"
     nb.cells = out
     nb.metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
