@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DOC', 'ANY', 'as_pixels', 'as_wave', 'plain_item', 'read_item', 'as_samples', 'Answer', 'rows_of', 'ranked',
            'as_dict', 'as_text', 'Predictor', 'name_of', 'sha_of', 'verify_files', 'show_item', 'wrapped', 'show_bars',
-           'plot_answer', 'show_weights', 'card', 'read_questions', 'answer_rows', 'flat', 'answer_table',
+           'show_weights', 'plot_answer', 'card', 'read_questions', 'answer_rows', 'flat', 'answer_table',
            'fingerprint', 'by_subset', 'chosen', 'Whole', 'example', 'by_python', 'traced', 'rule_name', 'flat_inputs',
-           'described', 'check_export', 'export_program', 'export_onnx', 'run_onnx', 'main']
+           'described', 'check_export', 'export_program', 'run_onnx', 'export_onnx', 'main']
 
 # %% ../nbs/17_predict.ipynb #d1391bbd
 import argparse, contextlib, csv, hashlib, io, json, logging, math, os, shutil, sys, time, warnings
@@ -102,13 +102,16 @@ def read_item(
     item = reader(m, source, about.get('dataset', {}), replace(mod, info={'item': shape, **mod.info}), key)
     return item if mod.kind == 'text' else _finite(item, what if isinstance(what, (str, Path)) else m)
 
-# %% ../nbs/17_predict.ipynb #325566eb
+# %% ../nbs/17_predict.ipynb #22bbcef6
 def _where(m, source):
     "The file or array itself"
     if not isinstance(source, dict): return source
     for k in source:
         if k not in ('path', 'span', 'crop'): raise unknown(f'key of {m}', k, ('path', 'span', 'crop'))
-    if 'path' not in source: raise InputError(f"{m}: there is no 'path' in {source}; give dict(path=…, span=(start, end), crop=…).")
+    if source.get('path') is None: raise InputError(f"{m}: there is no 'path' in {source}; give dict(path=…, span=(start, end), crop=…).")
+    try: start, end = map(float, source.get('span') or (0, 1))
+    except (TypeError, ValueError): start, end = 1, 0
+    if not 0 <= start < end: raise InputError(f"{m}: span={source['span']!r} must be (start, end) in seconds, the start first.")
     return source['path']
 
 def _in_memory(m, x, mod, shape):
@@ -257,12 +260,12 @@ class Predictor:
         b = collate([dict(x=x, y=0, idx=i) for i, x in enumerate(items)], preps)
         return predict(self.net, self.method, b.to(self.device)).cpu()
 
-# %% ../nbs/17_predict.ipynb #6877b822
+# %% ../nbs/17_predict.ipynb #08115baf
 def _predict(self, ids=None, batch_size:int=32, keep:bool=True, **sources)->Answer:
     "What is in these files? One source per modality, or lists; `ids` name the samples and decide where long recordings are cut"
     samples, many = as_samples(sources, self.modalities)
     of_kind('batch_size', batch_size, int, 1)
-    ids = [name_of(s, i) for i, s in enumerate(samples)] if ids is None else [str(i) for i in (ids if many else [ids])]
+    ids = [name_of(s, i) for i, s in enumerate(samples)] if ids is None else [str(i) for i in (ids if isinstance(ids, (list, tuple)) else [ids])]
     if len(ids) != len(samples): raise InputError(f"{len(ids)} ids for {len(samples)} samples; give one for each.")
     parts, items = [], []
     for i in range(0, len(samples), batch_size):
@@ -294,7 +297,7 @@ def verify_files(
         if Path(name).name != name or not (folder/name).is_file(): raise InputError(f"{folder} is incomplete: {name} is not there; copy the folder again.")
         if sha_of(folder/name) != sha: raise InputError(f"{folder/name} is damaged: its checksum is wrong; copy the folder again.")
 
-# %% ../nbs/17_predict.ipynb #b43342e9
+# %% ../nbs/17_predict.ipynb #ca958770
 def show_item(ax, item, mod:Modality):
     "What an encoder was given"
     if mod.form == 'wave': ax.plot(item, lw=.5, color='#555555')
@@ -315,7 +318,14 @@ def show_bars(ax, p, order:list, classes:list, color, title:str):
     ax.set(xlim=(0, 1), title=title, xticks=[0, 1]); ax.set_yticks(range(len(order)), [classes[k] for k in order], fontsize=8)
     ax.invert_yaxis(); ax.title.set_fontsize(8)
 
-# %% ../nbs/17_predict.ipynb #49c83ee9
+def show_weights(ax, a:Answer):
+    "How much every modality counts; nothing where the head decides"
+    ax.set(title='weights' if a.weights else 'the head decides', ylim=(0, 1)); ax.title.set_fontsize(10)
+    if not a.weights: return ax.set_axis_off()
+    ax.bar(range(len(a.weights)), [float(w) for w in a.weights.values()], color=[colour(m) for m in a.weights])
+    ax.set_xticks(range(len(a.weights)), list(a.weights), fontsize=8)
+
+# %% ../nbs/17_predict.ipynb #9dddabc2
 def plot_answer(
     a:Answer,       # about one sample, or several: the first
     top:int=6,      # classes shown
@@ -338,13 +348,6 @@ def plot_answer(
     show_bars(axs[1, -1], a.probs[0], order, a.classes, colour('fused'), f"entropy {float(a.entropies['fused']):.2f}")
     fig.suptitle(title or f'{a.ids[0]}: {a.names[0]}', fontsize=10); fig.tight_layout()
     return fig
-
-def show_weights(ax, a:Answer):
-    "How much every modality counts; nothing where the head decides"
-    ax.set(title='weights' if a.weights else 'the head decides', ylim=(0, 1)); ax.title.set_fontsize(10)
-    if not a.weights: return ax.set_axis_off()
-    ax.bar(range(len(a.weights)), [float(w) for w in a.weights.values()], color=[colour(m) for m in a.weights])
-    ax.set_xticks(range(len(a.weights)), list(a.weights), fontsize=8)
 
 Answer.plot = plot_answer
 
@@ -650,7 +653,16 @@ def _target(path, suffix):
     if not path.parent.is_dir(): raise InputError(f"{path.parent}: there is no such folder; make it first.")
     return path
 
-# %% ../nbs/17_predict.ipynb #c4cce60b
+# %% ../nbs/17_predict.ipynb #23bf3043
+def run_onnx(
+    path,
+):              # (x, present) -> outputs
+    "An ONNX file as a function"
+    import onnxruntime
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    return lambda x, present: session.run(None, {k: v.numpy() for k, v in flat_inputs(x, present).items()})
+
+# %% ../nbs/17_predict.ipynb #aebebe84
 def export_onnx(
     p:Predictor,
     path,           # e.g. 'model.onnx'
@@ -675,15 +687,7 @@ def _as_onnx(p, made, part):
         if isinstance(e, InputError): raise
     except Exception as e: raise InputError(f"onnxruntime cannot run this net ({str(e).strip().splitlines()[0][:200]}); export it as .pt2 instead.") from e
 
-def run_onnx(
-    path,
-):              # (x, present) -> outputs
-    "An ONNX file as a function"
-    import onnxruntime
-    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    return lambda x, present: session.run(None, {k: v.numpy() for k, v in flat_inputs(x, present).items()})
-
-# %% ../nbs/17_predict.ipynb #db569285
+# %% ../nbs/17_predict.ipynb #d3e57d62
 DOC = """What is in these files? A trained run answers, and says why.
 
   mla_predict runs/NAME --audio a.wav --video v.flv [--json] [--plot why.png] [--top 5]
@@ -691,8 +695,11 @@ DOC = """What is in these files? A trained run answers, and says why.
   mla_predict runs/NAME --save FOLDER                             a small copy to give away
   mla_predict runs/NAME --export model.onnx                       or model.pt2"""
 
+ANY = dict(audio=Modality('audio', 'wave'), video=Modality('visual', 'frames'), image=Modality('visual', 'image'), text=Modality('text', 'text'))     # for --help alone
+
 def _refuse(text): raise InputError(f"{text}; see mla_predict --help.")
 
+# %% ../nbs/17_predict.ipynb #bf430e1b
 def _parser(
     mods,       # name -> Modality
 ):
@@ -712,8 +719,6 @@ def _parser(
     p.add_argument('--batch_size', type=int, default=32, metavar='N', help='rows at once (default: 32)')
     p.add_argument('--device', default='auto', choices=['auto', 'cpu'], help='auto: a GPU where there is one')
     return p
-
-ANY = dict(audio=Modality('audio', 'wave'), video=Modality('visual', 'frames'), image=Modality('visual', 'image'), text=Modality('text', 'text'))     # for --help alone
 
 # %% ../nbs/17_predict.ipynb #71107f89
 def _about_one(p, a, sources):

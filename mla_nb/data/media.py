@@ -431,10 +431,11 @@ def media_item(
     d = source if isinstance(source, dict) else dict(path=source)
     what, crop = d['path'], d.get('crop')
     if isinstance(crop, str) and crop not in CROPS: raise unknown('crop', crop, CROPS)
+    crop = CROPS[crop] if isinstance(crop, str) else crop
     if isinstance(what, torch.Tensor): made = _stored(m, what, o, key)
     else:
         name = 'text_file' if m == 'text' and isinstance(what, Path) else m
-        made = read_media({'id': key, 'y': None, name: what, 'span': d.get('span'), 'audio_span': d.get('span'), 'crop': CROPS.get(crop, crop)}, o)[m]
+        made = read_media({'id': key, 'y': None, name: what, 'span': d.get('span'), 'audio_span': d.get('span'), 'crop': crop}, o)[m]
     return unpack(pack(made, mod), mod, str(what))
 
 def _stored(m, x, o, key):
