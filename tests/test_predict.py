@@ -16,7 +16,7 @@ import soundfile as sf
 import torch
 
 from conftest import POINTER, ROOT
-from mla_nb import predict as P
+from mla_nb import export as X
 from mla_nb.core import InputError, UnknownName, discover, rules
 from mla_nb.data.cremad import cremad_rows, prepare_cremad
 from mla_nb.data.digits import prepare_digits, read_archive
@@ -27,9 +27,10 @@ from mla_nb.data.own import kinetics_rows, own_example, prepare_kinetics, prepar
 from mla_nb.encoders.visual import encode_image
 from mla_nb.evaluation import calibrated
 from mla_nb.experiments import Run, load_pred, make_dataset, run
-from mla_nb.fusion import check_rule, fixed, make_rule
+from mla_nb.fusion import fixed, make_rule
 from mla_nb.heads import make_net
-from mla_nb.predict import Answer, Predictor, answer_table, check_export, example, export_onnx, export_program, main, read_item
+from mla_nb.export import check_export, export_onnx, export_program
+from mla_nb.predict import Predictor, answer_table, main
 
 TINY = dict(dataset_args=dict(n_train=64, n_valid=32, n_test=48), epochs=1, progress=False)
 MEDIA = dict(audio="log_mel", seconds=1., size=24, progress=False)
@@ -419,8 +420,11 @@ def test_command(moods, files, capsys):
     main([str(moods[0]), "--csv", "t.csv", "--out", "out.csv"])
     assert "6 of 6 rows answered, accuracy" in capsys.readouterr().out
     main([str(moods[0]), "--save", "copy"]); main(["copy", "--text", "glad"])
-    with pytest.raises(SystemExit) as e: main(["--help"])
-    assert e.value.code == 0 and "--audio" in capsys.readouterr().out
+    capsys.readouterr()
+    main(["--help"])
+    assert "--video" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as e: main([str(moods[0]), "--help"])
+    assert e.value.code == 0 and "--visual FILE" in capsys.readouterr().out     # the modalities of this run
 
 
 def test_command_mistakes(moods, files):
@@ -456,7 +460,7 @@ def test_every_rule_exports(p, rule):
     "torch.export's own graph, for batches of other sizes, with NaN in the absent rows"
     made = calibrated("entropy", (1.5, .7, 2.)) if rule == "calibrated" else fixed((.2, .5, .3)) if rule == "fixed" else make_rule(rule)
     q = with_rule(p, made)
-    same(P.traced(q).module(), q)
+    same(X.traced(q).module(), q)
 
 
 @pytest.mark.parametrize("method", ["mla", "ensemble", "concat", "sum", "film", "gated"])
@@ -464,11 +468,11 @@ def test_every_head_exports(p, s, method, here):
     from mla_nb.experiments import make_method
     m = make_method(Run(method=method, **TINY))
     q = Predictor(make_net(m.head, dict(p.net.encs), 6), m, p.about, p.result)
-    same(P.traced(q).module(), q)
-    if method in ("mla", "concat"):
+    same(X.traced(q).module(), q)
+    if method == "concat":      # mla: below
         for lib in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(lib)
         export_onnx(q, "m.onnx")
-        same(P.run_onnx("m.onnx"), q)
+        same(X.run_onnx("m.onnx"), q)
 
 
 def test_export_files_say_what_they_are(p, here):
@@ -491,7 +495,7 @@ def test_resnet18_exports(p, s, here):
     about = {**p.about, "modalities": {m: p.about["modalities"][m] for m in encs}, "encoders": {m: dict(name="resnet18", options={}) for m in encs}}
     q = Predictor(make_net(p.method.head, encs, 6), p.method, about, p.result)
     export_onnx(q, "m.onnx")
-    same(P.run_onnx("m.onnx"), q)
+    same(X.run_onnx("m.onnx"), q)
 
 
 def test_what_cannot_be_exported_is_one_sentence(p, here):
@@ -511,6 +515,6 @@ def test_onnx_is_optional(p, here, monkeypatch):
 
 
 def test_a_wrong_graph_is_not_kept(p, here, monkeypatch):
-    monkeypatch.setattr(P, "traced", lambda q, real=P.traced: real(with_rule(p, make_rule("mean"))))
+    monkeypatch.setattr(X, "traced", lambda q, real=X.traced: real(with_rule(p, make_rule("mean"))))
     with pytest.raises(InputError, match="answers otherwise"): export_program(p, "m.pt2")
     assert not list(here.iterdir())
