@@ -62,7 +62,7 @@ class Whole(nn.Module):
         w = self.rule(logits, here)
         return fuse(logits, w), logits.transpose(0, 1), w.T.to(logits.dtype)
 
-# %% ../nbs/17b_export.ipynb #5e72c5f4
+# %% ../nbs/17b_export.ipynb #e5f4358c
 def example(
     p:Predictor,
     n:int=3,            # rows
@@ -74,7 +74,7 @@ def example(
         if mod.form == 'text': return 'some words, and some more'
         shape = p.about.get('items', {}).get(m) or mod.info.get('shape')
         if not shape: raise InputError(f"this run does not say what an item of {m} looks like (it was made by an older version); train it again to export it.")
-        return torch.randint(256, shape, generator=g, dtype=torch.uint8) if mod.kind == 'visual' else torch.randn(shape, generator=g).clamp(-1, 1)
+        return torch.randint(256, shape, generator=g, dtype=torch.uint8) if mod.form in ('image', 'frames') else torch.randn(shape, generator=g).clamp(-1, 1)
     present = torch.rand(n, len(p.modalities), generator=g) > .4
     present[0], present[:, 0] = True, present[:, 0] | ~present.any(1)
     hole = lambda v, h: {k: hole(t, h) for k, t in v.items()} if isinstance(v, dict) else v.masked_fill(~h.view(-1, *[1] * (v.dim() - 1)), math.nan) if v.is_floating_point() else v

@@ -141,7 +141,7 @@ def as_samples(
     if not all(out): raise InputError(f"sample {out.index({})} has none of {', '.join(mods)}; give at least one, or leave it out.")
     return out, True
 
-# %% ../nbs/17_predict.ipynb #f7c1bd89
+# %% ../nbs/17_predict.ipynb #6a7f66f1
 @dataclass
 class Answer:
     "What the net says about one sample or several, and why"
@@ -153,10 +153,10 @@ class Answer:
     many: bool = True       # were several asked about?
 
     def __len__(self): return len(self.ids)
-    def __getitem__(self, i:int)->'Answer':
-        "The answer about one sample"
-        i = range(len(self))[i]
-        return replace(self, pred=rows_of(self.pred, [i]), ids=[self.ids[i]], items=self.items[i:i + 1], many=False)
+    def __getitem__(self, i)->'Answer':
+        "The answer about one sample, or about several (a slice)"
+        rows = [range(len(self))[i]] if isinstance(i, int) else list(range(len(self))[i])
+        return replace(self, pred=rows_of(self.pred, rows), ids=[self.ids[k] for k in rows], items=[self.items[k] for k in rows] if self.items else [], many=not isinstance(i, int))
 
     def absent(self, v):
         "(M,B,…) with nan where a modality is absent"
@@ -295,10 +295,10 @@ def verify_files(
         if Path(name).name != name or not (folder/name).is_file(): raise InputError(f"{folder} is incomplete: {name} is not there; copy the folder again.")
         if sha_of(folder/name) != sha: raise InputError(f"{folder/name} is damaged: its checksum is wrong; copy the folder again.")
 
-# %% ../nbs/17_predict.ipynb #42822e9d
+# %% ../nbs/17_predict.ipynb #383cacb0
 def show_item(ax, item, mod:Modality):
     "What an encoder was given"
-    if mod.form == 'wave': ax.plot(item.numpy(), lw=.5, color='#555555')
+    if mod.kind != 'text' and item.dim() == 1: ax.plot(item.numpy(), lw=.5, color='#555555')
     elif mod.form == 'features': ax.imshow((item if item.shape[0] <= item.shape[1] else item.T).numpy(), origin='lower', aspect='auto')
     elif mod.form == 'text': ax.text(.5, .5, wrapped(item), ha='center', va='center', fontsize=8, transform=ax.transAxes)
     else: ax.imshow((item if item.dim() == 3 else torch.cat(list(item), 2)).permute(1, 2, 0).numpy())
@@ -445,7 +445,7 @@ def flat(d:dict)->dict:
     per = {f'{k}_{m}': v[k] for m, v in d['modalities'].items() for k in ('weight', 'entropy') if k in v}
     return dict(answer=d['answer'], probability=d['probability'], **per, **{f'p({c})': v for c, v in d['probabilities'].items()}, reason='')
 
-# %% ../nbs/17_predict.ipynb #89f2871a
+# %% ../nbs/17_predict.ipynb #a18cc7de
 def answer_table(
     p:Predictor,
     table, out,             # CSV to read, CSV to write
@@ -458,7 +458,7 @@ def answer_table(
     plan = dict(model=fingerprint(p), table=hashlib.sha256(json.dumps([dict(r, sources={m: str(v) for m, v in r['sources'].items()}) for r in rows]).encode()).hexdigest())
     part, done = out.with_name(out.name + '.partial'), out.with_name(out.name + '.json')
     if found := _finished(plan, out, part, done): return found
-    _ours(plan, out, part)
+    _ours(plan, out, part, done)
     have = {r['id']: r for f in sorted(part.glob('[0-9]*.json')) for r in read_json(f, ['rows'], f'remove {part} to begin again')['rows']}
     todo = [r for r in rows if r['id'] not in have]
     with tqdm(total=len(rows), initial=len(have), unit='row', desc=out.name, disable=not progress) as bar:
@@ -469,7 +469,7 @@ def answer_table(
             bar.update(len(some))
     return _write_table(p, plan, [have[r['id']] for r in rows], out, part, done)
 
-# %% ../nbs/17_predict.ipynb #5509d464
+# %% ../nbs/17_predict.ipynb #c77e2c18
 def fingerprint(p:Predictor)->str:
     "Which model is this? Weights, classes and modalities decide, not the folder"
     h = hashlib.sha256(json.dumps([p.classes, p.about['modalities'], p.about['run']], sort_keys=True).encode())
@@ -484,15 +484,16 @@ def _finished(plan, out, part, done):
     _clear(part)
     return old['summary']
 
-def _ours(plan, out, part):
+def _ours(plan, out, part, done):
     "The shards' folder, new or ours; anything else is refused"
     file, other = part/'plan.json', 'belongs to another run or table; choose another --out, or remove it'
     if not out.parent.is_dir(): raise InputError(f"{out.parent}: there is no such folder; make it, or choose another --out.")
-    if part.exists():
+    if part.exists() and any(not f.name.endswith('.part') for f in part.iterdir()):
         if not file.is_file() or read_json(file, todo=f'remove {part}') != plan: raise InputError(f"{part} {other}.")
         return
-    if out.exists(): raise InputError(f"{out} is there already, and {other}.")
-    part.mkdir()
+    for f in (out, done):
+        if f.exists() and not (f == done and 'summary' in read_json(f, todo='remove it, or choose another --out')): raise InputError(f"{f} is there already, and {other}.")
+    part.mkdir(exist_ok=True)
     write_atomic(file, json.dumps(plan))
 
 # %% ../nbs/17_predict.ipynb #f8703e96
@@ -575,7 +576,7 @@ exporters = Registry('kind of export')      # suffix -> function(predictor, path
 
 def _write_graph(p, path): print(f'exported: {exporters[Path(path).suffix](p, path)}')
 
-# %% ../nbs/17_predict.ipynb #6eefce51
+# %% ../nbs/17_predict.ipynb #1bec411d
 def _main(argv):
     if not argv or argv[0].startswith('-'):
         if {'-h', '--help'} & set(argv): return _parser(ANY).print_help()
@@ -588,6 +589,7 @@ def _main(argv):
     sources = {m: v for m, v in vars(a).items() if m in p.modalities and v is not None}
     if getattr(a, 'text_file', None): sources['text'] = Path(a.text_file)
     if a.csv and (sources or not a.out): raise InputError("--csv needs --out FILE, and no files beside it; ask about single files in a call of their own.")
+    if a.csv and (a.json or a.plot or a.top): raise InputError("--json, --plot and --top are about one sample; the table of --out holds everything.")
     if a.out and not a.csv: raise InputError("--out goes with --csv; for one sample use --json or --plot.")
     if a.save: print(f'saved: {p.save(a.save)}')
     if a.export: _write_graph(p, a.export)

@@ -128,6 +128,7 @@ def test_a_raw_file_becomes_the_prepared_item(name, root):
         side = "left" if one["crop"][0] == 0 else "right"
         assert p.read(dict(video={**one, "crop": side}))["video"].equal(test[0]["x"]["video"])
         with pytest.raises(UnknownName, match="did you mean 'left'"): p.predict(video={**one, "crop": "lef"})
+        with pytest.raises(InputError, match="cannot be given here"): p.predict(audio=dict(path=sources[ids[0]]["audio"], crop="left"))
         with pytest.raises(InputError, match="the start first"): p.predict(video={**one, "span": (3, 2)})
 
 
@@ -192,6 +193,7 @@ def test_answers_are_the_runs_own(moods, p, s):
     a = p.predict(**{m: list(s.test.x[m]) for m in s.modalities}, batch_size=7)
     kept = load_pred(moods[0])
     assert torch.allclose(a.pred.fused, kept.fused, atol=1e-4) and torch.allclose(a.pred.weights, kept.weights, atol=1e-4)
+    assert a[2:4].ids == ["sample 2", "sample 3"] and a[2:4].many and not a[2].many
     assert len(a) == 48 and a[-1].ids == ["sample 47"] and len(list(a)) == 48
     assert torch.allclose(a.probs.sum(1), torch.ones(48), atol=1e-5)
 
@@ -378,6 +380,11 @@ def test_somebody_elses_answers_are_never_lost(moods, p, files):
     Path("b.csv.partial").mkdir(); Path("b.csv.partial/notes.txt").write_text("mine")
     with pytest.raises(InputError, match="another run or table"): answer_table(p, "t.csv", "b.csv", progress=False)
     with pytest.raises(InputError, match="no such folder"): answer_table(p, "t.csv", "gone/b.csv", progress=False)
+    Path("c.csv.json").write_text('{"mine": 1}')
+    with pytest.raises(InputError, match="another run or table"): answer_table(p, "t.csv", "c.csv", progress=False)
+    assert Path("c.csv.json").read_text() == '{"mine": 1}' and not Path("c.csv.partial").exists()
+    Path("a.csv").unlink(); Path("d.csv.partial").mkdir()                       # killed before anything was written
+    assert answer_table(p, "t.csv", "a.csv", progress=False)["rows"] == answer_table(p, "t.csv", "d.csv", progress=False)["rows"] == 3
     assert Path("b.csv.partial/notes.txt").exists()
 
 
@@ -439,6 +446,7 @@ def test_command_mistakes(moods, files):
     assert "no such folder" in says("gone", "--text", "x")
     assert "not the folder of a finished run" in says(".", "--text", "x")
     assert "--out FILE" in says(r, "--csv", "t.csv") and "--out FILE" in says(r, "--csv", "t.csv", "--out", "o.csv", "--text", "x")
+    assert "about one sample" in says(r, "--csv", "t.csv", "--out", "o.csv", "--json")
     assert "--out goes with --csv" in says(r, "--text", "x", "--out", "o.csv")
     assert "kind of picture" in says(r, "--text", "x", "--plot", "why.docx")
     assert "kind of export" in says(r, "--export", "m.pth")
@@ -463,13 +471,13 @@ def test_every_rule_exports(p, rule):
     same(X.traced(q).module(), q)
 
 
-@pytest.mark.parametrize("method", ["mla", "ensemble", "concat", "sum", "film", "gated"])
+@pytest.mark.parametrize("method", ["ensemble", "concat", "sum", "film", "gated", "mla_released"])
 def test_every_head_exports(p, s, method, here):
     from mla_nb.experiments import make_method
     m = make_method(Run(method=method, **TINY))
     q = Predictor(make_net(m.head, dict(p.net.encs), 6), m, p.about, p.result)
     same(X.traced(q).module(), q)
-    if method == "concat":      # mla: below
+    if method == "concat":      # mla's is written below
         for lib in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(lib)
         export_onnx(q, "m.onnx")
         same(X.run_onnx("m.onnx"), q)

@@ -432,6 +432,8 @@ def media_item(
     what, crop = d['path'], d.get('crop')
     if isinstance(crop, str) and crop not in CROPS: raise unknown('crop', crop, CROPS)
     crop = CROPS[crop] if isinstance(crop, str) else crop
+    odd = [k for k in ('span', 'crop') if d.get(k) is not None and (isinstance(what, torch.Tensor) or k not in dict(audio=['span'], video=['span', 'crop']).get(m, ()))]
+    if odd: raise InputError(f"{m}: {odd[0]} cannot be given here; a span is for sound and video files, a crop for video files.")
     if isinstance(what, torch.Tensor): made = _stored(m, what, o, key)
     else:
         name = 'text_file' if m == 'text' and isinstance(what, Path) else m
