@@ -411,7 +411,8 @@ def _recipes(cfg, net, mods):
 def _describe(cfg, s, learn):
     "config.json and preps.json: what is needed to build the net again without the data"
     mods = {m: s.modalities[m] for m in learn.net.encs}
-    about = dict(run=cfg.what, data=data_checksum(cfg), classes=s.classes, modalities={m: asdict(v) for m, v in mods.items()}, encoders=_recipes(cfg, learn.net, mods), dataset=s.info)
+    about = dict(run=cfg.what, data=data_checksum(cfg), classes=s.classes, modalities={m: asdict(v) for m, v in mods.items()}, encoders=_recipes(cfg, learn.net, mods), dataset=s.info,
+                 items={m: list(getattr(s.train.column(m)[0], 'shape', [])) for m in mods})         # what an item looks like
     cfg.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(cfg.folder/'config.json', json.dumps(about, indent=1))
     write_atomic(cfg.folder/'preps.json', json.dumps({m: asdict(e.prep) for m, e in learn.net.encs.items()}))
@@ -450,7 +451,10 @@ def load_run(
     "The trained net of a run"
     folder = Path(folder)
     if not (folder/'result.json').exists(): raise InputError(f"{folder} is not the folder of a finished run; it needs config.json, preps.json, model.safetensors and result.json.")
-    about, preps, result = (read_json(folder/f'{n}.json', todo='give the folder of another run') for n in ('config', 'preps', 'result'))
+    needs = dict(config=('run', 'classes', 'modalities', 'encoders'), preps=(), result=('weights', 'temperatures', 'test'))
+    about, preps, result = (read_json(folder/f'{n}.json', needs[n], 'give the folder of another run') for n in needs)
+    lost = [m for m in about['encoders'] if m not in preps]
+    if lost: raise InputError(f"{folder}/preps.json holds nothing for {lost[0]}; give the folder of another run.")
     discover()
     kept = {m: e if isinstance(e, dict) else dict(name=e, options={}) for m, e in about['encoders'].items()}       # once a name only
     encs = {m: call(encoders[e['name']], e['options'], mod=Modality(**about['modalities'][m]), prep=preps[m]) for m, e in kept.items()}
