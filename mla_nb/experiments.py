@@ -201,7 +201,7 @@ def _encoder(m, mod, family, options):
         raise unknown(f'encoder of {kind} (for {m})', family, [k.removesuffix(f'_{kind}') for k in encoders if k.endswith(f'_{kind}')])
     if (mod.form == 'vector') != (family == 'features'):
         raise InputError(f"encoder={family!r} for {m}: " + ("its items are extracted features (vectors), which only encoder=features reads; say --encoder features." if mod.form == 'vector' else
-                         f"encoder=features reads extracted features, and its items are of the form {mod.form!r}; extract them first (data_scripts/extract_features.py), or choose another encoder."))
+                         f"it reads vectors of extracted features, and the items are of the form {mod.form!r}; extract features first (data_scripts/extract_features.py), or choose another encoder."))
     return f'{family}_{kind}', {**options, **({'model': model} if colon else {})}
 
 # %% ../nbs/15_experiments.ipynb #ddcbe1f2
