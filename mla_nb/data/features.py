@@ -61,15 +61,13 @@ def features(
 
 for kind in FORMS: encoders(features, f'features_{kind}')
 
-# %% ../../nbs/data/26_features.ipynb #3bd765da
+# %% ../../nbs/data/26_features.ipynb #4cd72c10
 class Extractor:
     "What `prepare` calls to read a sample: its features, made a block of neighbours at a time and kept until the next block"
     def __init__(self,
-        s:Splits,           # of a prepared dataset
-        encs:dict,          # modality -> encoder with its prep
-        batch_size:int=64,  # samples per block
-        precision:str='no', # or 'bf16'
-        device='cpu',
+        s:Splits, encs:dict,            # a prepared dataset; modality -> encoder with its prep
+        batch_size:int=64,              # samples per block
+        precision:str='no', device='cpu',   # 'no' or 'bf16'
     ):
         self.s, self.at_once, self.precision, self.device, self.held = s, batch_size, precision, torch.device(device), None
         self.preps = {m: getattr(e.prep, 'pack', e.prep) for m, e in encs.items()}
@@ -124,7 +122,15 @@ def _trained(s, folder):
     for e in net.encs.values(): e.weights = f'run {Path(folder).name}'
     return dict(net.encs)
 
-# %% ../../nbs/data/26_features.ipynb #b37af939
+# %% ../../nbs/data/26_features.ipynb #2f3f93e6
+def _sources(s):
+    return {k: [dict(id=name, split=k, row=i, y=s.classes[int(y)]) for i, (name, y) in enumerate(zip(part.ids, part.y))] for k, part in s.parts.items()}
+
+def _say_random(weights, progress):
+    blind = [m for m, w in weights.items() if w['source'] == 'random']
+    if blind and progress: print(f"note: the encoders of {', '.join(blind)} have RANDOM weights; what is learned from such features says nothing about a pretrained encoder")
+
+# %% ../../nbs/data/26_features.ipynb #c842e591
 def extract(
     folder,                 # of a prepared dataset
     encoder:str='',         # as in `Run.encoder`
@@ -152,14 +158,7 @@ def extract(
     return prepare(out or folder.with_name(folder.name + '-features'), meta['name'], s.classes, mods, _sources(s), read, source, options,
                    batch_size * max(1, 512 // batch_size), force=force, progress=progress)
 
-def _sources(s):
-    return {k: [dict(id=name, split=k, row=i, y=s.classes[int(y)]) for i, (name, y) in enumerate(zip(part.ids, part.y))] for k, part in s.parts.items()}
-
-def _say_random(weights, progress):
-    blind = [m for m, w in weights.items() if w['source'] == 'random']
-    if blind and progress: print(f"note: the encoders of {', '.join(blind)} have RANDOM weights; what is learned from such features says nothing about a pretrained encoder")
-
-# %% ../../nbs/data/26_features.ipynb #38c78f07
+# %% ../../nbs/data/26_features.ipynb #a742ae30
 def _parser(doc):
     p = argparse.ArgumentParser('extract_features', description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument('--data', default='data', metavar='DIR', help='a prepared dataset, or with --dataset the folder in which they live (default: data)')
@@ -175,6 +174,7 @@ def _parser(doc):
     p.add_argument('--force', action='store_true', help='replace features that were made differently')
     return p
 
+# %% ../../nbs/data/26_features.ipynb #68e7812d
 def extract_main(doc:str, argv=None):
     "Entry point of data_scripts/extract_features.py; everything a user can do wrong is one sentence"
     a = vars(_parser(doc).parse_args(argv))
