@@ -3,6 +3,8 @@
 #   make demo DATASET=digits ARCHIVE=free-spoken-digit-dataset.zip      the same on real recordings
 #   make demo DATASET=cremad [ROOT=CREMA-D]     the same on CREMA-D, or without ROOT on a made miniature of it;
 #                                               also food101, mvsa, iemocap, kinetics
+#   make demo DATASET=iemocap ENCODER=features [FEATURES=SPEC]     encoders run over the dataset once, both methods train on
+#                                               what they make; without FEATURES the encoders are small and random
 #   make test                     every test, and every chapter
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -19,6 +21,8 @@ EPOCHS  ?= 20
 SEED    ?= 0
 ARCHIVE ?=
 ROOT    ?=
+# the encoders of ENCODER=features, e.g. hf:openai/clip-vit-base-patch32; small: made here, with random weights
+FEATURES ?= small
 DOWNLOAD ?=
 DEMO    := runs/demo
 # what is passed to data_scripts/prepare_digits.py, and the same options for the run
@@ -30,7 +34,11 @@ endif
 MEDIA := cremad food101 mvsa iemocap kinetics
 ifneq ($(filter $(DATASET),$(MEDIA)),)
 LR ?= 0.1
-DATASET_ARGS ?= $(if $(ROOT),,variant=miniature)
+MADE := $(if $(ROOT),,miniature)
+ifeq ($(ENCODER),features)
+DATASET_ARGS ?= variant=$(if $(MADE),$(MADE)-)features
+endif
+DATASET_ARGS ?= $(if $(MADE),variant=$(MADE))
 BATCH ?= $(if $(ROOT),64,16)
 endif
 SPLIT ?=
@@ -38,7 +46,7 @@ TRAIN := $(if $(LR),-p lr $(LR)) $(if $(BATCH),-p batch_size $(BATCH))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help setup demo prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test site lab chapter export clean readme check-python lock benchmark results
+.PHONY: help setup demo features prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test soak browser site lab chapter export clean readme check-python lock benchmark results
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -57,7 +65,7 @@ $(READY): $(DEPS) setup.py settings.ini pyproject.toml
 
 setup: $(READY) ## the environment in .venv
 
-demo: prepare-$(DATASET) ## concat and mla, start to end: executed notebooks in runs/demo/ and a table
+demo: prepare-$(DATASET) $(if $(filter features,$(ENCODER)),features) ## concat and mla, start to end: executed notebooks in runs/demo/ and a table
 	@mkdir -p $(DEMO)
 	@set -e; for m in $(METHODS); do \
 	  echo "== $$m on $(DATASET): $(DEMO)/$(DATASET)-$$m.ipynb"; \
@@ -66,6 +74,9 @@ demo: prepare-$(DATASET) ## concat and mla, start to end: executed notebooks in 
 	    -r dataset_args '$(DATASET_ARGS)' -p root $(DEMO)/$(DATASET); \
 	done
 	@echo; $(BIN)/mla_table $(DEMO)/$(DATASET)
+
+features: prepare-$(DATASET) ## encoders run over a prepared dataset once: make features DATASET=iemocap FEATURES=SPEC
+	$(BIN)/python data_scripts/extract_features.py --dataset '$(DATASET)' $(if $(MADE),--variant $(MADE)) --encoder '$(FEATURES)' $(if $(FORCE),--force)
 
 prepare-synthetic: $(READY)
 prepare-digits: $(READY)

@@ -128,13 +128,13 @@ class Samples(Dataset):
         return tensor([v is not None for v in self.x[m]])
 
 # %% ../nbs/00_core.ipynb #c78fdf58
-FORMS = dict(audio=('wave', 'features'), visual=('image', 'frames'), text=('text',))
+FORMS = dict(audio=('wave', 'features', 'vector'), visual=('image', 'frames', 'vector'), text=('text', 'vector'))
 
 @dataclass
 class Modality:
     "What the items of one modality are"
     kind: str                                   # 'audio', 'visual' or 'text'
-    form: str                                   # 'wave', 'features', 'image', 'frames' or 'text'
+    form: str                                   # 'wave', 'features', 'image', 'frames', 'text' or 'vector' (extracted features)
     info: dict = field(default_factory=dict)    # what else is known: rate in Hz, feature parameters
 
     def __post_init__(self):

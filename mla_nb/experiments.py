@@ -191,13 +191,17 @@ def encoder_names(
         if m not in modalities: raise unknown('modality', m, modalities)
     lost = [m for m in modalities if m not in each]
     if lost: raise InputError(f"encoder={spec!r} names none for {', '.join(lost)}; name a family for all, or one for each of {', '.join(modalities)}.")
-    return {m: _encoder(m, modalities[m].kind, *each[m]) for m in modalities}
+    return {m: _encoder(m, modalities[m], *each[m]) for m in modalities}
 
-def _encoder(m, kind, family, options):
+def _encoder(m, mod, family, options):
     "hf:bert-base-uncased is the family hf with the option model"
     family, colon, model = family.partition(':')
+    kind = mod.kind
     if f'{family}_{kind}' not in encoders:
         raise unknown(f'encoder of {kind} (for {m})', family, [k.removesuffix(f'_{kind}') for k in encoders if k.endswith(f'_{kind}')])
+    if (mod.form == 'vector') != (family == 'features'):
+        raise InputError(f"encoder={family!r} for {m}: " + ("its items are extracted features (vectors), which only encoder=features reads; say --encoder features." if mod.form == 'vector' else
+                         f"it reads vectors of extracted features, and the items are of the form {mod.form!r}; extract features first (data_scripts/extract_features.py), or choose another encoder."))
     return f'{family}_{kind}', {**options, **({'model': model} if colon else {})}
 
 # %% ../nbs/15_experiments.ipynb #ddcbe1f2
@@ -510,7 +514,8 @@ def _draw_item(ax, item, mod):
     "One raw item on one axis"
     ax.set_xticks([]); ax.set_yticks([])
     if item is None: ax.text(.5, .5, 'absent', ha='center', va='center'); return
-    if mod.kind == 'text': ax.text(.5, .5, _wrapped(item), ha='center', va='center', fontsize=8); ax.set_axis_off()
+    if mod.form == 'vector': ax.plot(torch.as_tensor(item).tolist(), lw=.6)
+    elif mod.kind == 'text': ax.text(.5, .5, _wrapped(item), ha='center', va='center', fontsize=8); ax.set_axis_off()
     elif mod.form == 'wave': ax.specgram(torch.as_tensor(item).numpy(), NFFT=256, noverlap=128, Fs=mod.info.get('rate', 16000))
     elif mod.form == 'features': ax.imshow(torch.as_tensor(item).flip(0), aspect='auto')
     else: ax.imshow(torch.as_tensor(item if item.ndim == 3 else torch.cat(list(item), 2)).permute(1, 2, 0))

@@ -27,17 +27,17 @@ def columns(
 ):                      # datasets.Features
     "The columns of a prepared dataset"
     import datasets as hf
-    kinds = dict(features=hf.Value('binary'), image=hf.Value('binary'), frames=hf.List(hf.Value('binary')), text=hf.Value('string'))
+    kinds = dict(features=hf.Value('binary'), vector=hf.Value('binary'), image=hf.Value('binary'), frames=hf.List(hf.Value('binary')), text=hf.Value('string'))
     return hf.Features(id=hf.Value('string'), y=hf.ClassLabel(names=list(classes)), **{m: kinds[mod.form] for m, mod in modalities.items()})
 
 def pack(item, mod:Modality):
     "A raw item as it is stored: arrays become float16 bytes, everything else stays"
-    return np.asarray(item, dtype='f2').tobytes() if mod.form == 'features' and item is not None else item
+    return np.asarray(item, dtype='f2').tobytes() if mod.form in ('features', 'vector') and item is not None else item
 
 def unpack(item, mod:Modality, name:str=''):
     "A stored item as a raw item again"
     if item is None or mod.form == 'text': return item
-    if mod.form == 'features': return torch.from_numpy(np.frombuffer(item, 'f2').astype('f4')).view(*mod.info['shape'])
+    if mod.form in ('features', 'vector'): return torch.from_numpy(np.frombuffer(item, 'f2').astype('f4')).view(*mod.info['shape'])
     if mod.form == 'image': return decode_image(item, name)
     return torch.stack([decode_image(item[k], name) for k in evenly(len(item), mod.info.get('use', len(item)))])
 
@@ -124,7 +124,7 @@ def estimate(
         packed = [pack(r.get(m), mod) for m, mod in modalities.items()]
         sizes += [sum(sum(map(len, v)) if isinstance(v, list) else len(v) for v in packed if v is not None)]
     if not sizes: return None                                           # what is wrong with them comes to light soon
-    need = dict(bytes=len(sources) * sum(sizes) / len(sizes), seconds=(time.perf_counter() - t) / len(sizes) * len(sources) / max(1, workers))
+    need = dict(bytes=len(sources) * sum(sizes) / len(sizes), seconds=(time.perf_counter() - t) / len(sizes) * len(sources) / max(1, workers) / getattr(read, 'at_once', 1))
     there = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
     free = shutil.disk_usage(there).free
     print(f"{len(sources):,} samples: about {need['bytes']/2**20:,.0f} MB and {need['seconds']/60:.1f} minutes")
