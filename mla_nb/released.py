@@ -146,7 +146,7 @@ def as_ours(part:dict, m:str, heads=None, where='this file')->tuple:
     net, names = make(part, m, heads, where)
     return (OverFrames(net), {f'net.{k}': v for k, v in names.items()}) if m in ('video', 'image') else (net, names)
 
-# %% ../nbs/17b_released.ipynb #557d63ab
+# %% ../nbs/17b_released.ipynb #d5a13292
 @dataclass
 class NoWords(Tokens):
     "Stands for a dictionary that is not there"
@@ -156,7 +156,7 @@ IMAGENET = dict(mean=(.485, .456, .406), std=(.229, .224, .225))
 
 def released_prep(model:str, m:str, enc, tokenizer:str=''):
     "What the released code does to raw items"
-    if m == 'text': return load_tokenizer(tokenizer, 64) if tokenizer else NoWords(length=64)
+    if m == 'text': return load_tokenizer(tokenizer, 256) if tokenizer else NoWords(length=256)
     if m == 'audio': return Standardise() if model == 'av' else Bands(-5.081, 4.4849, shape=tuple(16 * n for n in enc.grid), turned=True)
     return Pixels(224 if model == 'av' else 16 * enc.net.grid[0] if model == 'cav' else 256, **IMAGENET)
 

@@ -9,8 +9,8 @@ __all__ = ['SIZES', 'POOLS', 'FLAX', 'SKIP', 'OPTIONAL', 'patchify', 'sincos', '
            'fill', 'load_m3ae', 'one_path', 'placed_on', 'load_cavmae', 'm3ae_text', 'm3ae_visual', 'cavmae_audio',
            'cavmae_visual']
 
-# %% ../../nbs/04b_masked.ipynb #2318244c
-import math, pickle, re
+# %% ../../nbs/04b_masked.ipynb #a17c7069
+import json, math, pickle, re
 from dataclasses import dataclass, asdict
 from functools import cache
 from pathlib import Path
@@ -231,23 +231,21 @@ def band_prep(mod:Modality, items=None, prep:dict|None=None, patch:int=16)->Stan
     if len(shape) != 2 or not min(shape): raise InputError(f"features of shape {found} do not hold one patch of {patch} × {patch}; use a smaller patch=…, or prepare larger features (--audio fbank: 1024 frames of 128 bins).")
     return Bands(shape=shape, turned=turned).fit(items)
 
-# %% ../../nbs/04b_masked.ipynb #c0a50c1b
+# %% ../../nbs/04b_masked.ipynb #2c368dc5
 def word_pieces(path:Path):
     "BERT's tokenizer, lower case, from its vocab.txt"
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     vocab = {w: i for i, w in enumerate(path.read_text(encoding='utf-8').split('\n')) if w}
-    lost = [w for w in ('[UNK]', '[CLS]', '[SEP]') if w not in vocab]
-    if lost: raise InputError(f"{path} has no {lost[0]}, so it is not a dictionary of BERT; give its vocab.txt or a tokenizer.json.")
+    if '[UNK]' not in vocab: raise InputError(f"{path} has no [UNK], so it is not a dictionary of BERT; give its vocab.txt or a tokenizer.json.")
     tok = Tokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
     tok.normalizer, tok.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    tok.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', special_tokens=[(w, vocab[w]) for w in ('[CLS]', '[SEP]')])
     return tok
 
 def load_tokenizer(
     path,           # vocab.txt or tokenizer.json
-    length:int=64,  # positions; longer texts are cut, the last mark kept
+    length:int=64,  # positions; longer texts are cut
 )->Tokens:
-    "A tokenizer from a file on this machine"
+    "A tokenizer from a file on this machine; without marks for begin and end, which M3AE did not see"
     from tokenizers import Tokenizer
     path = Path(path)
     if not path.is_file(): raise InputError(f"tokenizer={str(path)!r}: there is no such file; give a local vocab.txt or tokenizer.json.")
@@ -255,8 +253,8 @@ def load_tokenizer(
     except InputError: raise
     except Exception as e: raise InputError(f"{path} is not a tokenizer ({type(e).__name__}); give a vocab.txt or a tokenizer.json.") from e
     if 'pad' not in str(tok.id_to_token(0)).lower(): raise InputError(f"{path}: piece 0 is {tok.id_to_token(0)!r}, and must be padding; give a tokenizer of the BERT family.")
-    tok.no_padding(); tok.enable_truncation(of_kind('length', length, int, 3, 4096))
-    return Tokens(tok.to_str(), length)
+    tok.no_padding(); tok.no_truncation()
+    return Tokens(json.dumps({**json.loads(tok.to_str()), 'post_processor': None}), of_kind('length', length, int, 1, 4096))
 
 # %% ../../nbs/04b_masked.ipynb #6512504b
 def stay_in_eval(module, _): module.eval()
