@@ -9,8 +9,8 @@ __all__ = ['SIZES', 'POOLS', 'FLAX', 'SKIP', 'OPTIONAL', 'patchify', 'sincos', '
            'fill', 'load_m3ae', 'one_path', 'placed_on', 'load_cavmae', 'm3ae_text', 'm3ae_visual', 'cavmae_audio',
            'cavmae_visual']
 
-# %% ../../nbs/04b_masked.ipynb #a17c7069
-import json, math, pickle, re
+# %% ../../nbs/04b_masked.ipynb #a9807a64
+import json, math, pickle, re, warnings
 from dataclasses import dataclass, asdict
 from functools import cache
 from pathlib import Path
@@ -128,13 +128,10 @@ def pooled(
     here = mask[..., None].to(z.dtype)
     return (z * here).sum(1) / here.sum(1)
 
-# %% ../../nbs/04b_masked.ipynb #b3d85fac
+# %% ../../nbs/04b_masked.ipynb #e2c0f436
 class M3AE(nn.Module):
-    "The encoder of M3AE (arXiv 2205.14204): {'ids','mask'} or (B,3,H,W) -> (B,width)"
-    def __init__(self, width:int, depth:int, heads:int,
-        reads=('text', 'image'),    # what it has embeddings for
-        vocab:int=30522, patch:int=16, pool:str='present', checkpoint:bool=False,
-    ):
+    "The encoder of M3AE (arXiv 2205.14204): {'ids','mask'} or (B,3,H,W) -> (B,width); `reads`: what it has embeddings for"
+    def __init__(self, width:int, depth:int, heads:int, reads=('text', 'image'), vocab:int=30522, patch:int=16, pool:str='present', checkpoint:bool=False):
         super().__init__()
         if pool not in POOLS: raise unknown('pool', pool, POOLS)
         self.num_features, self.patch, self.pool = width, patch, pool
@@ -145,8 +142,8 @@ class M3AE(nn.Module):
 
     def see(self, x):
         "Patches in their places"
-        z, grid = self.patches(patchify(x, self.patch)), [n // self.patch for n in x.shape[2:]]
-        return z + table(self.num_features, *grid, str(z.device)).to(z.dtype) + self.type_image
+        z = self.patches(patchify(x, self.patch))
+        return z + table(self.num_features, *(n // self.patch for n in x.shape[2:]), str(z.device)).to(z.dtype) + self.type_image
 
     def read(self, x):
         "Words in their places"
@@ -155,8 +152,7 @@ class M3AE(nn.Module):
 
     def hidden(self, image=None, text=None):
         "Every position after the last block: (B,1+patches+words,width), and which ones hold something (None: all)"
-        parts = [self.see(image)] if image is not None else []
-        if text is not None: parts.append(self.read(text))
+        parts = [f(x) for f, x in ((self.see, image), (self.read, text)) if x is not None]
         z = torch.cat([self.cls.expand(len(parts[0]), -1, -1), *parts], 1)
         mask = None if text is None else F.pad(text['mask'], (z.shape[1] - text['mask'].shape[1], 0), value=True)
         return self.body(z, mask), mask
@@ -274,14 +270,15 @@ def partly_frozen(
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters()): m.register_forward_pre_hook(stay_in_eval)
     return enc
 
-# %% ../../nbs/04b_masked.ipynb #68a11fe6
+# %% ../../nbs/04b_masked.ipynb #113d63f0
 def _held_array(fun, args, state, *_):
     "A JAX array as the NumPy array inside it"
     x = fun(*args)
     x.__setstate__(state)
     return x
 
-def _latin(text, codec): return text.encode('latin1')       # how protocol 2 writes bytes
+def _latin(text, codec): return text.encode('latin1')       # how old protocols write bytes
+def _nothing(): return b''
 
 def _admitted(module, name):
     "What a name in a pickle of arrays stands for; None: it has no business there"
@@ -289,7 +286,7 @@ def _admitted(module, name):
         return {'ndarray': np.ndarray, 'dtype': np.dtype, 'scalar': np._core.multiarray.scalar,
                 '_reconstruct': np._core.multiarray._reconstruct, '_frombuffer': np._core.numeric._frombuffer}[name]
     if module.split('.')[0] in ('jax', 'jaxlib') and 'reconstruct' in name: return _held_array
-    return {('flax.core.frozen_dict', 'FrozenDict'): dict, ('collections', 'OrderedDict'): dict, ('_codecs', 'encode'): _latin}.get((module, name))
+    return {('flax.core.frozen_dict', 'FrozenDict'): dict, ('collections', 'OrderedDict'): dict, ('_codecs', 'encode'): _latin, ('__builtin__', 'bytes'): _nothing}.get((module, name))
 
 # %% ../../nbs/04b_masked.ipynb #b7f9fd13
 class ArraysOnly(pickle.Unpickler):
@@ -307,13 +304,14 @@ def load_arrays(path):
     except InputError as e: raise InputError(f"{path} is refused: {e}.") from None
     except Exception as e: raise InputError(f"{path} is not a readable pickle of arrays ({type(e).__name__}); fetch it again.") from e
 
-# %% ../../nbs/04b_masked.ipynb #3c5eb838
+# %% ../../nbs/04b_masked.ipynb #6e330122
 def load_tensors(
     path,           # of a .pt or .pth file
 )->dict:            # name -> tensor, without the `module.` that DataParallel writes
     "A state dict; anything but tensors and plain containers is refused before it can run"
     if not Path(path).is_file(): raise InputError(f"{path}: there is no such checkpoint; check the path.")
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        with warnings.catch_warnings(action='ignore'): state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         if name := re.search(r'(?:GLOBAL|function|class) ([\w.]+)', str(e)): raise InputError(f"{path} is refused: it holds {name[1]}, which is not a tensor; nothing in it was run. Ask for a plain state dict.") from None
         raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}); fetch it again.") from e
@@ -342,7 +340,7 @@ def fill(
     net.load_state_dict(state)
     return net
 
-# %% ../../nbs/04b_masked.ipynb #a9094742
+# %% ../../nbs/04b_masked.ipynb #9f1b62d5
 FLAX = {r'^encoder\.LayerNorm_0': 'body.norm', r'^encoder\.Block_': 'body.blocks.', r'LayerNorm_0': 'norm1', r'LayerNorm_1': 'norm2', r'Attention_0\.Dense_0': 'attn.qkv',
         r'Attention_0\.Dense_1': 'attn.proj', r'TransformerMLP_0\.': '', r'^text_embedding\.embedding': 'tokens.weight', r'^image_embedding': 'patches',
         r'^cls_token': 'cls', r'^encoder_(\w+)_type_embedding': r'type_\1', r'\.(kernel|scale)$': '.weight'}
@@ -356,8 +354,8 @@ def _flat(tree, at=''):
 
 def _parameters(tree):
     "The dictionary with a class token, however deep it lies"
-    if not isinstance(tree, dict) or 'cls_token' in tree: return tree
-    return next((found for t in tree.values() if isinstance(t, dict) and (found := _parameters(t)) is not None and 'cls_token' in found), None)
+    if not isinstance(tree, dict): return None
+    return tree if 'cls_token' in tree else next((found for t in tree.values() if (found := _parameters(t))), None)
 
 def _from_flax(name, x):
     x = torch.from_numpy(np.array(x, dtype='f4'))
@@ -413,7 +411,7 @@ def load_cavmae(
     state = placed_on(one_path(load_tensors(path), side), net.grid, side)
     return fill(net, {k: v.flatten(1) if k == 'patches.weight' else v for k, v in state.items()}, path)
 
-# %% ../../nbs/04b_masked.ipynb #f8d71613
+# %% ../../nbs/04b_masked.ipynb #acbc7d6c
 def _finish(enc, net, prep, train_last, **recipe):
     partly_frozen(enc, net.body.blocks, train_last, [net.body.norm])
     enc.recipe = dict(recipe, train_last=train_last)
@@ -440,6 +438,7 @@ def m3ae_text(
     if weights: load_m3ae(weights, net)
     return _finish(net, net, words, train_last, size=size, pool=pool, checkpoint=checkpoint)
 
+# %% ../../nbs/04b_masked.ipynb #e603d909
 @encoders
 def m3ae_visual(mod:Modality, items=None, prep=None, size:str='base', weights:str='', pixels:int=0, patch:int=16, pool:str='present', checkpoint:bool=False, train_last:int=-1):
     "M3AE on pictures or frames (arXiv 2205.14204); pixels: side of the pictures, 256 in the publication"
@@ -448,7 +447,6 @@ def m3ae_visual(mod:Modality, items=None, prep=None, size:str='base', weights:st
     if weights: load_m3ae(weights, net)
     return _finish(OverFrames(net), net, pix, train_last, size=size, patch=patch, pool=pool, checkpoint=checkpoint)
 
-# %% ../../nbs/04b_masked.ipynb #e67be4a0
 @encoders
 def cavmae_audio(mod:Modality, items=None, prep=None, size:str='base', weights:str='', patch:int=16, checkpoint:bool=False, train_last:int=-1):
     "CAV-MAE on filter banks, spectrograms or waveforms (arXiv 2210.07839); published with 1024 frames of 128 mel bins"
@@ -458,6 +456,7 @@ def cavmae_audio(mod:Modality, items=None, prep=None, size:str='base', weights:s
     if weights: load_cavmae(weights, net, 'a')
     return _finish(net, net, bands, train_last, size=size, patch=patch, checkpoint=checkpoint)
 
+# %% ../../nbs/04b_masked.ipynb #2f31c4fb
 @encoders
 def cavmae_visual(mod:Modality, items=None, prep=None, size:str='base', weights:str='', pixels:int=0, patch:int=16, checkpoint:bool=False, train_last:int=-1):
     "CAV-MAE on pictures or frames (arXiv 2210.07839); pixels: side of the pictures, 224 in the publication"
