@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['KINDS', 'encoders', 'datasets', 'methods', 'rules', 'FORMS', 'COLOURS', 'InputError', 'UnknownName', 'nearest',
            'unknown', 'Registry', 'of_kind', 'call', 'discover', 'Samples', 'Modality', 'Splits', 'check_splits',
-           'take', 'to', 'Batch', 'stack', 'spread', 'collate', 'Ready', 'set_seed', 'write_atomic', 'read_json',
-           'check_encoder', 'check_dataset', 'colour']
+           'take', 'to', 'Batch', 'stack', 'spread', 'collate', 'Ready', 'set_seed', 'rng_state', 'set_rng_state',
+           'write_atomic', 'read_json', 'digest', 'Locked', 'locked', 'check_encoder', 'check_dataset', 'colour']
 
 # %% ../nbs/00_core.ipynb #0d8267bd
-import difflib, importlib, inspect, json, math, os, pkgutil, random
+import difflib, errno, hashlib, importlib, inspect, json, math, os, pkgutil, platform, random, warnings
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -259,7 +260,7 @@ def collate(
 class Ready(Dataset):
     "A split whose tensors are already made; a list of row numbers gives a `Batch`"
     def __init__(self, samples, preps:dict|None=None):
-        self.y, self.batch = samples.y, collate([samples[i] for i in range(len(samples))], preps)
+        self.ids, self.y, self.batch = getattr(samples, 'ids', None), samples.y, collate([samples[i] for i in range(len(samples))], preps)
 
     def __len__(self): return len(self.batch)
     def __getitem__(self, i:int)->Batch: return self.__getitems__([i])
@@ -273,6 +274,22 @@ def set_seed(
     "Seed Python, NumPy and PyTorch"
     n = (seed * 1_000_003 + epoch * 7919 + 17) % 2**32
     random.seed(n); np.random.seed(n); torch.manual_seed(n)
+
+# %% ../nbs/00_core.ipynb #be64b083
+def rng_state()->dict:
+    "Where the generators of Python, NumPy and PyTorch stand, in plain containers"
+    name, keys, *rest = np.random.get_state()
+    return dict(python=random.getstate(), numpy=[name, keys.tolist(), *rest], torch=torch.get_rng_state(),
+                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+
+def set_rng_state(
+    state:dict,     # as `rng_state` gave it
+):
+    "Put the generators where they stood"
+    version, numbers, gauss = state['python']
+    random.setstate((version, tuple(numbers), gauss)); np.random.set_state(tuple(state['numpy']))
+    torch.set_rng_state(state['torch'].cpu())
+    if len(state['cuda']) == torch.cuda.device_count(): torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
 
 # %% ../nbs/00_core.ipynb #66b2e2a4
 def write_atomic(
@@ -302,6 +319,60 @@ def read_json(
     lost = [k for k in needs if not isinstance(found, dict) or k not in found]
     if lost or not isinstance(found, dict): raise InputError(f"{path} is damaged: {f'{lost[0]!r} is missing' if lost else 'it holds no object'}; {todo or 'make it again'}.")
     return found
+
+# %% ../nbs/00_core.ipynb #ba7a1e78
+def digest(
+    x,          # numbers, text, tensors, and lists and dicts of them
+)->str:         # 64 characters
+    "Checksum of the content: equal content, equal checksum, wherever the tensors are"
+    h = hashlib.sha256()
+    def add(v):
+        if isinstance(v, torch.Tensor):
+            h.update(f'{v.dtype}{tuple(v.shape)}'.encode()); h.update(v.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(v, dict): add(list(v)); add(list(v.values()))
+        elif isinstance(v, (list, tuple)):
+            h.update(f'[{len(v)}]'.encode())
+            for w in v: add(w)
+        else: h.update(f'{v!r};'.encode())
+    add(x)
+    return h.hexdigest()
+
+# %% ../nbs/00_core.ipynb #107ce966
+_held = set()
+
+class Locked(InputError):
+    "Somebody else is at work there"
+
+@contextmanager
+def locked(
+    path,       # of the lock file; it goes away with the lock
+    what:str,   # is worked on
+):
+    "Be the only process that works on something"
+    path = Path(path).absolute()
+    fd = _lock(path, what)
+    _held.add(path)
+    try: yield
+    finally:
+        _held.discard(path)
+        if fd is not None: path.unlink(missing_ok=True); os.close(fd)
+
+def _lock(path, what):
+    "A descriptor that holds the lock; None where there are no locks"
+    try: import fcntl
+    except ImportError: return None                                         # Windows
+    refused = "{} is being worked on by {}; wait for it, stop it, or choose another folder."
+    if path in _held: raise Locked(refused.format(what, 'this very process'))   # opening the file would lose the lock
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    try: fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        who = os.read(fd, 200).decode(errors='replace'); os.close(fd)
+        if e.errno in (errno.EACCES, errno.EAGAIN): raise Locked(refused.format(what, who or 'another process')) from None
+        warnings.warn(f"{path.parent} is on a file system without locks ({e.strerror}); see to it yourself that one process at a time works on {what}."); return None
+    if not path.exists() or not os.path.samestat(os.fstat(fd), path.stat()): os.close(fd); return _lock(path, what)      # its owner has just removed it
+    with suppress(OSError): os.ftruncate(fd, 0); os.write(fd, f'process {os.getpid()} on {platform.node()}'.encode())      # a full disk is no reason
+    return fd
 
 # %% ../nbs/00_core.ipynb #9c5399cc
 def check_encoder(
