@@ -351,7 +351,8 @@ class Saver(States):
         fits(learn.net, state['net'], path)
         learn.net.load_state_dict(state['net']); learn.opt.load_state_dict(state['opt'])
         for c, kept in zip(learn.cbs, state['callbacks']): c.load_state_dict(kept) if kept else None
-        learn.history, learn.done, learn.rng = json.loads(state['history']), state.get('done', 0), state.get('rng')
+        learn.history, learn.done = json.loads(state['history']), state.get('done', 0)
+        learn.rng = state.get('rng') if learn.done else None                # a new epoch seeds them anew
         learn.epoch, self.best = state['epoch'] + (not learn.done), state['best']
 
     def after_batch(self, learn):
