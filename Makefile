@@ -38,7 +38,7 @@ TRAIN := $(if $(LR),-p lr $(LR)) $(if $(BATCH),-p batch_size $(BATCH))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help setup demo prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test lab chapter export clean readme check-python lock benchmark results
+.PHONY: help setup demo prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test soak lab chapter export clean readme check-python lock benchmark results
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -81,6 +81,10 @@ test: $(READY) ## every test, every chapter, README in step
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
 	$(BIN)/python tools/nbs.py readme --check
+
+soak: $(READY) ## kills, damaged bytes, full disks, odd input, for minutes: the table in results/faults.md
+	OMP_NUM_THREADS=1 FAULTS_TABLE=results/faults.json $(BIN)/python -m pytest -q -m 'soak or not soak' tests/test_faults.py
+	@cat results/faults.md
 
 lab: $(READY) ## JupyterLab on the chapters
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. nbs/index.ipynb
