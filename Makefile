@@ -108,6 +108,10 @@ test: $(READY) ## every test, every chapter, README in step
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
 	$(BIN)/python tools/nbs.py readme --check
 
+soak: $(READY) ## kills, damaged bytes, full disks, odd input, for minutes: the table in results/faults.md
+	OMP_NUM_THREADS=1 FAULTS_TABLE=results/faults.json $(BIN)/python -m pytest -q -m 'soak or not soak' tests/test_faults.py
+	@cat results/faults.md
+
 lab: $(READY) ## JupyterLab on the chapters
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. nbs/index.ipynb
 

@@ -23,7 +23,7 @@ def entropy(
     logits,     # (…,C)
 ):              # (…) between 0 and log C
     "Entropy of the softmax of `logits`, finite for any logits"
-    logp = logits.log_softmax(-1)
+    logp = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)      # a class that is ruled out (-inf) adds nothing
     return -(logp.exp() * logp).sum(-1).clamp(max=0)
 
 # %% ../nbs/11_fusion.ipynb #76ad402c
@@ -39,7 +39,7 @@ def entropy_rule(
     present,    # (M,B) bool
 ):              # (M,B) weights: 0 where absent, 1 in total where anything is present
     "The surer a modality is about a sample, the more it counts (MLA, arXiv 2311.10707, section 3.3)"
-    H = entropy(logits).masked_fill(~present, float('inf'))
+    H = entropy(logits).masked_fill(~opinion(logits, present), float('inf'))
     return (-H).softmax(0).nan_to_num(0.)       # a sample that has nothing gets weight 0 everywhere
 
 rules(entropy_rule, 'entropy');
@@ -75,6 +75,10 @@ def check_rule(
         for i in range(B):
             assert torch.allclose(rule(logits[:, i:i+1], present[:, i:i+1])[:, 0], w[:, i], atol=1e-5), "a sample's weights depend on its batch mates"
         assert not rule(logits, torch.zeros_like(present)).any(), "a sample without any modality has weights"
+        broken, first = logits.clone(), torch.arange(M) == 0
+        broken[0], broken[:, :, 1] = math.nan, -math.inf        # one modality is broken, and everybody rules out a class
+        w = rule(broken, present | ~first[:, None])
+        assert w.isfinite().all() and not w[0].any() and (M == 1 or torch.allclose(w.sum(0), torch.ones(B), atol=1e-5)), "a modality that answers NaN has weight, or takes others with it"
 
 # %% ../nbs/11_fusion.ipynb #d2086044
 PUBLISHED = {2: (.55, .45), 3: (.35, .25, .40)}     # audio, visual(, text), as in the released code
@@ -113,13 +117,13 @@ class fixed:
             w = PUBLISHED[M]
         if w is not None and (len(w) != M or min(w) < 0 or sum(w) <= 0):
             raise InputError(f"{M} modalities need {M} weights, none negative and not all zero; got {tuple(w)}.")
-        return share([1.] * M if w is None else w, present).to(logits.dtype)
+        return share([1.] * M if w is None else w, opinion(logits, present)).to(logits.dtype)
 
     def fit(self, p:Pred)->'fixed':
         "The rule with the weights that are most accurate on these (validation) predictions, unless weights were given"
         if self.weights is not None: return self
         grid = simplex(len(p.mods), self.steps if len(p.mods) < 4 else 8)
-        right = tensor([(fuse(p.logits, share(w, p.present).to(p.logits.dtype)).argmax(1) == p.y).sum().item() for w in grid])
+        right = tensor([(fuse(p.logits, share(w, opinion(p.logits, p.present)).to(p.logits.dtype)).argmax(1) == p.y).sum().item() for w in grid])
         near = -(grid - 1 / len(p.mods)).square().sum(1)
         return fixed(tuple(round(v, 4) for v in grid[(right + near / 10).argmax()].tolist()), self.steps)
 

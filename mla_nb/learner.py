@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['sgd', 'joint_turn', 'turn_of', 'ce_loss', 'Method', 'concat', 'sum_of_logits', 'film', 'gated', 'unimodal', 'Shuffle',
-           'Loaders', 'loaders', 'nbytes', 'Callback', 'Loop', 'Learner', 'Pred', 'fuse', 'predict', 'scores',
-           'predictions', 'Diverged', 'peak_memory', 'Recorder', 'Progress', 'Schedule', 'StopOnNaN', 'Accelerate',
-           'plot_learning', 'check_method']
+           'Loaders', 'loaders', 'nbytes', 'Callback', 'Loop', 'Learner', 'Pred', 'fuse', 'opinion', 'predict',
+           'scores', 'predictions', 'Diverged', 'peak_memory', 'Recorder', 'Progress', 'Schedule', 'StopOnNaN',
+           'Accelerate', 'plot_learning', 'check_method']
 
 # %% ../nbs/06_learner.ipynb #bd25aa0b
-import math, re, time
+import json, math, re, time
 from pathlib import Path
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -84,12 +84,12 @@ def unimodal(
 
 # %% ../nbs/06_learner.ipynb #4f4149d4
 class Shuffle(Sampler):
-    "A random order that depends on nothing but seed and epoch"
-    def __init__(self, n:int, seed:int=0): self.n, self.seed, self.epoch = n, seed, 0
+    "A random order that depends on nothing but seed and epoch; `skip` samples at its start are done already"
+    def __init__(self, n:int, seed:int=0): self.n, self.seed, self.epoch, self.skip = n, seed, 0, 0
     def __len__(self): return self.n
     def __iter__(self):
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.n, generator=g).tolist()
+        yield from torch.randperm(self.n, generator=g)[self.skip:].tolist()
 
 # %% ../nbs/06_learner.ipynb #a08daa04
 @dataclass
@@ -142,16 +142,25 @@ class Callback:
 # %% ../nbs/06_learner.ipynb #cfc91b74
 class Loop:
     "Epochs of batches, counted; what happens in a batch is the learner's business"
-    epoch = 0
+    epoch, done, rng = 0, 0, None
 
     def cb(self, hook):
         for c in self.cbs: getattr(c, hook)(self)
 
+    def left(self):
+        "The batches of this epoch that are not done yet, with their numbers"
+        train = self.dls.train
+        size = getattr(train, 'total_batch_size', getattr(train, 'batch_size', None))       # of all processes together
+        self.dls.sampler.epoch, self.dls.sampler.skip = self.epoch, self.done * (size or 0)
+        for k, b in enumerate(train if size else train[self.done:], self.done):
+            if self.rng: set_rng_state(self.rng); self.rng = None
+            yield k, b
+
     def one_epoch(self):
         set_seed(self.seed, self.epoch)
-        self.dls.sampler.epoch = self.epoch
         self.net.train()
-        for self.step, self.batch in enumerate(self.dls.train): self.one_batch()
+        for self.step, self.batch in self.left(): self.one_batch()
+        self.done, self.rng = 0, None
         self.row = dict(epoch=self.epoch)               # callbacks fill it
         self.cb('after_epoch')
         self.history.append(self.row)
@@ -231,8 +240,16 @@ def fuse(
     logits,     # (M,B,C) per modality
     weights,    # (M,B), zero where absent
 ):              # (B,C)
-    "Weighted sum of logits"
-    return (weights[..., None] * logits).sum(0)
+    "Weighted sum of logits; what has no weight is not looked at"
+    w = weights[..., None]
+    return torch.where(w != 0, w * logits, 0).sum(0)
+
+def opinion(
+    logits,     # (M,B,C) per modality
+    present,    # (M,B) bool
+):              # (M,B) bool
+    "Who is there and has something to say? NaN, +inf and no class at all (-inf everywhere) say nothing; -inf for some classes rules these out"
+    return present & logits.amax(-1).isfinite()
 
 @torch.no_grad()
 def predict(
@@ -303,6 +320,12 @@ class Recorder(Callback):
     def reset(self):
         self.loss, self.grad, self.start = {}, {}, time.perf_counter()
         peak_memory(self.device, restart=True)
+    def state_dict(self):
+        loss = {k: [torch.stack([v for v, _ in rows]), [n for _, n in rows]] for k, rows in self.loss.items()}
+        return dict(loss=loss, grad={m: torch.stack(v) for m, v in self.grad.items()}, seconds=time.perf_counter() - self.start)
+    def load_state_dict(self, state):
+        self.loss = {k: list(zip(v.unbind(), n)) for k, (v, n) in state['loss'].items()}
+        self.grad, self.start = {m: list(v.unbind()) for m, v in state['grad'].items()}, time.perf_counter() - state['seconds']
 
     def after_backward(self, learn):
         if learn.step % self.every: return
@@ -331,7 +354,7 @@ class Progress(Callback):
     def before_fit(self, learn):
         from tqdm.auto import tqdm
         steps = len(learn.dls.train)
-        self.bar = tqdm(total=steps * learn.epochs, initial=steps * learn.epoch, desc=self.label, unit='batch', dynamic_ncols=True)
+        self.bar = tqdm(total=steps * learn.epochs, initial=steps * learn.epoch + learn.done, desc=self.label, unit='batch', dynamic_ncols=True)
     def after_batch(self, learn): self.bar.update()
     def after_epoch(self, learn):
         self.bar.set_description(f"{self.label} epoch {learn.epoch + 1}/{learn.epochs}".strip())
@@ -355,16 +378,33 @@ class Schedule(Callback):
 
 # %% ../nbs/06_learner.ipynb #30527696
 class StopOnNaN(Callback):
-    "Stop before a step with a loss that is not finite"
+    "Stop before a step with a loss or a gradient that is not finite, and write down which samples it was"
     order = -5
-    def __init__(self, every:int=50): self.every, self.k = every, 0     # turns between looks on a GPU
+    def __init__(self, every:int=50, folder=None): self.every, self.folder, self.k, self.seen = every, folder, 0, []   # every: turns between looks on a GPU
     def after_backward(self, learn):
         self.k += 1
-        if learn.loss.device.type != 'cpu' and self.k % self.every: return
-        if not math.isfinite(learn.loss.item()):
-            lr = learn.opt.param_groups[0]['lr']
-            raise Diverged(f"the loss is {learn.loss.item()} in epoch {learn.epoch + 1}, batch {learn.step + 1} ({' + '.join(learn.turn.x)}); "
-                           f"samples {learn.turn.idx[:5].tolist()}…; try a learning rate below {lr:g} and look at these samples.")
+        self.seen.append((learn.loss.detach(), learn.epoch, learn.step, learn.turn))
+        if learn.loss.device.type == 'cpu' or self.k % self.every == 0: self.look(learn)
+    def after_epoch(self, learn): self.seen and self.look(learn)
+
+    def look(self, learn):
+        "Wait for the device, once for all turns since the last look"
+        grads = [p.grad for p in learn.net.parameters() if p.grad is not None]
+        worst = [torch.stack(torch._foreach_norm(grads, math.inf)).max()] if grads else []
+        found = torch.stack([*(l.float() for l, *_ in self.seen), *(w.float() for w in worst)]).tolist()     # one wait
+        seen, self.seen = self.seen, []
+        for value, about in zip(found, seen):
+            if not math.isfinite(value): self.stop(learn, f'loss is {value}', *about[1:])
+        if grads and not math.isfinite(found[-1]): self.stop(learn, f'gradient is {found[-1]}', *seen[-1][1:])
+
+    def stop(self, learn, what, epoch, step, turn):
+        lr, rows = learn.opt.param_groups[0]['lr'], turn.idx.tolist()
+        ids = getattr(getattr(learn.dls.train, 'dataset', None), 'ids', None)
+        names, todo = [ids[i] for i in rows] if ids else rows, f"try a learning rate below {lr:g} and look at these samples"
+        about = dict(what=what, epoch=epoch + 1, batch=step + 1, modalities=list(turn.x), samples=names, lr=lr, todo=todo)
+        if self.folder: write_atomic(Path(self.folder)/'nan.json', json.dumps(about, indent=1))
+        raise Diverged(f"the {what} in epoch {epoch + 1}, batch {step + 1} ({' + '.join(turn.x)}); samples {names[:5]}…"
+                       + (f" (all in {Path(self.folder)/'nan.json'})" if self.folder else '') + f"; {todo}.")
 
 # %% ../nbs/06_learner.ipynb #127b4d8a
 class Accelerate(Callback):

@@ -80,7 +80,7 @@ class Hidden(Dataset):
         fill:str='skip',    # or 'zeros'
     ):
         if fill not in FILLS: raise unknown('fill', fill, FILLS)
-        self.part, self.stay, self.fill, self.y = part, stay, fill, part.y
+        self.part, self.stay, self.fill, self.y, self.ids = part, stay, fill, part.y, getattr(part, 'ids', None)
 
     def __len__(self): return len(self.part)
     def __getitem__(self, i:int)->dict: return self.__getitems__([i])[0]

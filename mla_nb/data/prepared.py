@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['META', 'OURS', 'columns', 'pack', 'unpack', 'evenly', 'write_shard', 'sha256', 'prepare', 'estimate', 'verify',
-           'Prepared', 'Column', 'load_prepared']
+           'Prepared', 'Column', 'load_prepared', 'check_prepared']
 
 # %% ../../nbs/data/19_prepared.ipynb #a40bb915
 import csv, hashlib, io, json, re, shutil, time
@@ -99,13 +99,14 @@ def prepare(
         if not sources.get(split): raise InputError(f"{name}: the {split} split would be empty; check the split options ({options}).")
     of_kind('workers', workers, int, 0, 256)
     if 'total' in classes: raise InputError(f"{name}: a class cannot be called 'total', which stands for the sum of all; rename it.")
-    part = _partial(out, plan)
-    if progress: estimate(out, sum(sources.values(), []), read, modalities, workers)
-    todo = [(split, part/f'{split}-{k:05d}.arrow', s[i:i + shard]) for split, s in sources.items() for k, i in enumerate(range(0, len(s), shard))]
-    try:
-        _fill([t for t in todo if not t[1].exists()], len(todo), read, modalities, classes, workers, progress and name, skip)
-        _finish(part, out, plan, todo)
-    except InputError: shutil.rmtree(part); raise
+    with locked(out.absolute().with_name(f'.{out.absolute().name}.lock'), f'the dataset {out}'):
+        part = _partial(out, plan)
+        if progress: estimate(out, sum(sources.values(), []), read, modalities, workers)
+        todo = [(split, part/f'{split}-{k:05d}.arrow', s[i:i + shard]) for split, s in sources.items() for k, i in enumerate(range(0, len(s), shard))]
+        try:
+            _fill([t for t in todo if not t[1].exists()], len(todo), read, modalities, classes, workers, progress and name, skip)
+            _finish(part, out, plan, todo)
+        except InputError: shutil.rmtree(part); raise
     return out
 
 # %% ../../nbs/data/19_prepared.ipynb #836430f1
@@ -289,3 +290,19 @@ def load_prepared(
     mods = {m: Modality(**v) for m, v in meta['modalities'].items()}
     parts = {k: Prepared([folder/s['file'] for s in v], mods) for k, v in meta['shards'].items()}
     return Splits(meta['name'], meta['classes'], mods, parts['train'], parts['valid'], parts['test'], info=dict(meta['options'], source=meta['source']))
+
+# %% ../../nbs/data/19_prepared.ipynb #9869fd07
+def check_prepared(
+    folder,         # a prepared dataset
+    n:int=8,        # samples of each split to decode
+)->dict:            # name -> function that says what it found, or raises what is wrong
+    "What a doctor looks at in a prepared dataset"
+    def sums():
+        meta = verify(folder)
+        return f"{sum(map(len, meta['shards'].values()))} shards of {sum(c['total'] for c in meta['counts'].values())} samples, and every checksum is right"
+    def samples():
+        for part in load_prepared(folder, limit=0).parts.values(): part.__getitems__(evenly(len(part), min(n, len(part))))
+        return f"{n} of each split can be decoded"
+    return dict(checksums=sums, samples=samples)
+
+checkups(check_prepared, 'dataset.json');

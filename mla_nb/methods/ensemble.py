@@ -38,7 +38,8 @@ def mean_rule(
     present,    # (M,B) bool
 ):              # (M,B) weights
     "Every modality that is present counts the same"
-    return present.to(logits.dtype) / present.sum(0).clamp(min=1)
+    here = opinion(logits, present)
+    return here.to(logits.dtype) / here.sum(0).clamp(min=1)
 
 @methods
 def ensemble(

@@ -77,7 +77,7 @@ def energy(
     present,    # (M,B) bool
 ):              # (M,B) weights: 0 where absent, 1 in total where anything is present
     "Weights in proportion to the energy confidence (QMF, arXiv 2306.02050)"
-    c = confidence(logits).clamp(min=1e-6) * present
+    c = torch.where(opinion(logits, present), confidence(logits).clamp(min=1e-6), 0)
     return c / c.sum(0).clamp(min=1e-12)
 
 rules(energy)
