@@ -6,8 +6,9 @@
 __all__ = ['sgd', 'joint_turn', 'turn_of', 'ce_loss', 'Method', 'concat', 'sum_of_logits', 'film', 'gated', 'unimodal', 'Shuffle',
            'ShardShuffle', 'Loaders', 'loaders', 'make_sampler', 'nbytes', 'Callback', 'Loop', 'Learner', 'Pred',
            'fuse', 'predict', 'scores', 'predictions', 'Diverged', 'peak_memory', 'Recorder', 'Progress', 'Schedule',
-           'StopOnNaN', 'Accelerate', 'OnDevice', 'tensors', 'compile_encoders', 'filled', 'join', 'backward_in_pieces',
-           'Agreement', 'buckets', 'Team', 'again', 'part_of', 'Share', 'Shared', 'plot_learning', 'check_method']
+           'StopOnNaN', 'Accelerate', 'OnDevice', 'tensors', 'compile_encoders', 'Augment', 'filled', 'join',
+           'backward_in_pieces', 'Agreement', 'buckets', 'Team', 'again', 'part_of', 'Share', 'Shared', 'plot_learning',
+           'check_method']
 
 # %% ../nbs/06_learner.ipynb #bd25aa0b
 import math, re, time
@@ -145,7 +146,7 @@ def loaders(
         return DataLoader(part, collate_fn=partial(collate, preps=preps and {m: getattr(p, 'pack', p) for m, p in preps.items()}), pin_memory=pin, num_workers=workers, persistent_workers=workers > 0, **kw)
     last_of_one = len(s.train) % batch_size == 1 and len(s.train) > 1       # batch norm cannot train on one row
     return Loaders(loader(s.train, batch_size=batch_size, sampler=sampler, drop_last=last_of_one),
-                   *(loader(p, batch_size=max(256, batch_size)) for p in (s.valid, s.test)), sampler)
+                   *(loader(p, batch_size=256) for p in (s.valid, s.test)), sampler)
 
 def make_sampler(part, seed:int=0, shuffle:str='all')->Shuffle:
     "The order of a training split"
@@ -448,14 +449,15 @@ class Accelerate(Callback):
 
 class OnDevice:
     "A loader whose batches are moved; on a GPU, the next one while this one is used"
+    vary = staticmethod(lambda b: b)        # what `Augment` puts here happens before
     def __init__(self, dl, device): self.dl, self.device = dl, device
     def __len__(self): return len(self.dl)
-    def __iter__(self): return (b.to(self.device) for b in self.dl) if self.device.type != 'cuda' else self.ahead()
+    def __iter__(self): return (self.vary(b).to(self.device) for b in self.dl) if self.device.type != 'cuda' else self.ahead()
 
     def ahead(self):
         side, ready = torch.cuda.Stream(self.device), []
         for b in self.dl:
-            with torch.cuda.stream(side): ready.append((b.to(self.device), side.record_event()))
+            with torch.cuda.stream(side): ready.append((self.vary(b).to(self.device), side.record_event()))
             if len(ready) > 1: yield self.handed(*ready.pop(0))
         for r in ready: yield self.handed(*r)
 
@@ -486,6 +488,28 @@ def compile_encoders(
         print(f"compiled=True: torch.compile does not work here ({type(e).__name__}); training goes on without it.")
         return False
     return True
+
+# %% ../nbs/06_learner.ipynb #8cd03749
+class Augment(Callback):
+    "Vary the training pictures: 'crop' shifts them, 'flip' mirrors them"
+    order, kinds = -9, ('', 'crop', 'flip', 'crop,flip')
+    def __init__(self, what:str='crop,flip'):
+        if what not in self.kinds: raise unknown('augment', what, self.kinds)
+        self.what = what
+
+    def before_fit(self, learn):
+        self.learn, self.preps = learn, {m: e.prep for m, e in learn.net.encs.items() if hasattr(getattr(e, 'prep', None), 'vary')}
+        if not self.preps: raise InputError(f"augment={self.what!r}: only pictures can be varied, and there are none among {', '.join(learn.net.encs)}; leave it out.")
+        train = learn.dls.train
+        if not hasattr(train, 'vary'): train = OnDevice(train, next(learn.net.parameters()).device)
+        train.vary = self
+        learn.dls = replace(learn.dls, train=train)
+
+    def __call__(self, b:Batch)->Batch:
+        seeds = [((self.learn.seed * 1_000_003 + self.learn.epoch) * 2**24 + i) % 2**63 for i in b.idx.tolist()]
+        return replace(b, x={m: self.varied(m, x, seeds) if m in self.preps and len(b) else x for m, x in b.x.items()})
+
+    def varied(self, m, x, seeds): return torch.stack([self.preps[m].vary(v, s, self.what) for v, s in zip(x, seeds)])
 
 # %% ../nbs/06_learner.ipynb #8517fc20
 def filled(learn, z, turn)->dict:
@@ -649,6 +673,7 @@ class Share(Sampler):
 # %% ../nbs/06_learner.ipynb #b5d23549
 class Shared:
     "The training batches of one process; each knows what the whole batch is"
+    vary = staticmethod(lambda b: b)
     def __init__(self, dls, team):
         self.team, dl = team, dls.train
         if not isinstance(dl, DataLoader): self.dl = [b.take(torch.arange(len(b)).tensor_split(team.n)[team.rank]) for b in dl]; return
@@ -666,7 +691,7 @@ class Shared:
         every = self.team.gather((b.y, b.idx, b.present))
         y, idx = (torch.cat([e[k] for e in every]) for k in (0, 1))
         present, rows = {m: torch.cat([e[2][m] for e in every]) for m in b.present}, torch.arange(len(y))
-        out = b.to(self.team.device)
+        out = self.vary(b).to(self.team.device)
         out.whole = Batch({m: rows for m, p in present.items() if p.any()}, y, present, idx), tensor([len(e[0]) for e in every]).cumsum(0)
         return out
 
