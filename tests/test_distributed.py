@@ -163,6 +163,38 @@ def test_a_loss_that_breaks_down_stops_all_processes(two):
     assert a == b and all("learning rate below 1e+30" in said for said in two.said)
 
 
+def torchrun(*args, cwd):
+    args = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(40000 + os.getpid() % 20000), "-m", "mla_nb.experiments", *args]
+    p = subprocess.run(args, cwd=cwd, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
+    assert p.returncode == 0, p.stderr[-4000:]
+    return p.stdout
+
+
+def test_the_command_itself(tmp_path):
+    "The text encoder has no batch norm; weights, predictions and result are those of one process"
+    from safetensors.torch import load_file
+    from mla_nb.experiments import Run, load_pred, run
+    size, common = "n_train=161,n_valid=45,n_test=50", ["--epochs", "2", "--device", "cpu", "--progress", "false", "--lr", "0.05"]
+    said = torchrun("--dataset_args", f"{size},modalities=text", "--batch_size", "16", "--name", "two", *common, cwd=tmp_path)
+    assert said.count("best epoch") == 1
+    one = run(Run(dataset_args=f"{size},modalities=text", batch_size=32, name="one", epochs=2, device="cpu", progress=False, lr=.05, root=str(tmp_path / "runs")))
+    a, b = (load_file(tmp_path / f"runs/{n}/model.safetensors") for n in ("one", "two"))
+    equal(a, b, 1e-5)
+    p, q = (load_pred(tmp_path / f"runs/{n}") for n in ("one", "two"))
+    assert torch.allclose(p.fused, q.fused, atol=1e-5) and p.idx.equal(q.idx)
+    import json
+    two = json.loads((tmp_path / "runs/two/result.json").read_text())
+    assert two["test"]["accuracy"] == one["test"]["accuracy"] and two["valid"]["accuracy"] == one["valid"]["accuracy"] and two["best_epoch"] == one["best_epoch"]
+
+
+def test_the_command_with_gaps_and_shares_of_everything(tmp_path):
+    "Missing modalities, pieces, batch norm and a weighted rule: it trains, and resumes"
+    flags = ["--dataset_args", "n_train=97,n_valid=40,n_test=40", "--method", "mla_fixed", "--missing", ".5", "--accumulate", "2", "--augment", "flip", "--batch_size", "8", "--device", "cpu",
+             "--progress", "false"]
+    first = torchrun(*flags, "--epochs", "2", cwd=tmp_path)
+    assert first.count("best epoch") == 1 and first == torchrun(*flags, "--epochs", "2", cwd=tmp_path)
+
+
 # accumulation ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rows", [1, 5, 8])
