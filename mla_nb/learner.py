@@ -7,8 +7,8 @@ __all__ = ['sgd', 'joint_turn', 'turn_of', 'ce_loss', 'Method', 'concat', 'sum_o
            'ShardShuffle', 'Loaders', 'loaders', 'make_sampler', 'nbytes', 'Callback', 'Loop', 'Learner', 'Pred',
            'fuse', 'predict', 'scores', 'predictions', 'Diverged', 'peak_memory', 'Recorder', 'Progress', 'Schedule',
            'StopOnNaN', 'Accelerate', 'OnDevice', 'tensors', 'compile_encoders', 'Augment', 'filled', 'join',
-           'backward_in_pieces', 'Agreement', 'buckets', 'Team', 'again', 'part_of', 'Share', 'Shared', 'plot_learning',
-           'check_method']
+           'backward_in_pieces', 'Agreement', 'Answers', 'buckets', 'Team', 'again', 'part_of', 'Share', 'Shared',
+           'plot_learning', 'check_method']
 
 # %% ../nbs/06_learner.ipynb #bd25aa0b
 import math, re, time
@@ -447,6 +447,7 @@ class Accelerate(Callback):
     def after_epoch(self, learn): self.team and self.team.share_buffers(learn.net)
     def after_fit(self, learn): self.team and self.team.leave(learn)
 
+# %% ../nbs/06_learner.ipynb #d8febaeb
 class OnDevice:
     "A loader whose batches are moved; on a GPU, the next one while this one is used"
     vary = staticmethod(lambda b: b)        # what `Augment` puts here happens before
@@ -519,6 +520,7 @@ def filled(learn, z, turn)->dict:
 
 def join(zs:list)->dict: return zs[0] if len(zs) == 1 else {m: torch.cat([z[m] for z in zs]) for m in zs[0]}
 
+# %% ../nbs/06_learner.ipynb #2743cc71
 def backward_in_pieces(
     learn,
     rows:int=0,     # encoded at once; 0: all
@@ -535,6 +537,7 @@ def backward_in_pieces(
         zs.append(filled(learn, learn.z, learn.turn)); loss += own.detach()
     learn.turn, learn.z, learn.loss = t, join(zs) if zs else filled(learn, {}, t), loss
 
+# %% ../nbs/06_learner.ipynb #1f2c2d7c
 def _backward_whole(learn, t, parts):
     "The same for a loss that compares rows: features first, then the loss, then the encoders again"
     several = len(parts) > 1
@@ -582,6 +585,9 @@ class Agreement:
             self.alike(learn, 1 + self.rank)
             yield t if len(mine) == len(b) else t.take(mine)
 
+# %% ../nbs/06_learner.ipynb #cc489bc7
+class Answers(Agreement):
+    "What edits, losses and the recorder ask about a turn, answered by all processes together"
     def size(self, learn): return sum(self.counts)
 
     def mean(self, learn, x):
@@ -602,7 +608,13 @@ class Agreement:
         self.dist.all_gather(out, mine)
         return torch.cat([x if r == self.rank else o[:k] for r, (o, k) in enumerate(zip(out, self.counts))])
 
-# %% ../nbs/06_learner.ipynb #6b0c954d
+    def predictions(self, learn, dl):
+        "Each process predicts a part of the split, and all have all of it"
+        own = part_of(dl.dl, self)
+        found = self.gather(predictions(learn.net, learn.method, OnDevice(own, self.device)) if len(own) else None)
+        return Pred.cat([p for p in found if p is not None])
+
+# %% ../nbs/06_learner.ipynb #4ec90600
 def buckets(params:list, size:int=2**23)->list:
     "Lists of parameters with about `size` numbers each"
     out, n = [[]], 0
@@ -611,7 +623,8 @@ def buckets(params:list, size:int=2**23)->list:
         out[-1].append(p); n += p.numel()
     return out
 
-class Team(Agreement):
+# %% ../nbs/06_learner.ipynb #6b0c954d
+class Team(Answers):
     "Several processes that train one net"
     together = 'turns', 'size', 'mean', 'everyone', 'predictions'           # of the learner
 
@@ -641,12 +654,6 @@ class Team(Agreement):
         "Running statistics become everybody's mean"
         for b in net.buffers():
             if b.is_floating_point(): self.dist.all_reduce(b); b /= self.n
-
-    def predictions(self, learn, dl):
-        "Each process predicts a part of the split, and all have all of it"
-        own = part_of(dl.dl, self)
-        found = self.gather(predictions(learn.net, learn.method, OnDevice(own, self.device)) if len(own) else None)
-        return Pred.cat([p for p in found if p is not None])
 
 # %% ../nbs/06_learner.ipynb #d3415d7f
 def again(dl, batches)->DataLoader:
