@@ -185,7 +185,7 @@ def take(
 ):                # the same shape of thing with K rows
     "The rows of `x`, whatever `x` is made of"
     if isinstance(x, dict): return {k: take(v, rows) for k, v in x.items()}
-    return x[rows.to(x.device)]
+    return x[rows.to(x.device, non_blocking=True)]
 
 def to(x, device):
     "Move a tensor, or a dict of tensors"

@@ -6,10 +6,10 @@
 __all__ = ['PRESET', 'LIMITS', 'FULL', 'CLOSED', 'Checked', 'Described', 'Run', 'parse_args', 'split_list', 'with_options',
            'make_dataset', 'make_method', 'encoder_names', 'save_tensors', 'read_tensors', 'seal', 'check_seal', 'fits',
            'load_weights', 'is_main', 'checkpoints', 'read_state', 'States', 'Saver', 'Stopped', 'Stopper',
-           'TensorBoard', 'make_encoders', 'make_opt', 'environment', 'data_checksum', 'claim', 'build', 'run',
-           'causes', 'mendable', 'save_pred', 'load_pred', 'load_run', 'read_history', 'plot_losses', 'plot_weights',
-           'plot_confusion', 'show_samples', 'results', 'table', 'seed_list', 'plan', 'attempt', 'grid', 'tune',
-           'compared', 'plot_compared', 'plot_curves', 'costs', 'parse', 'main', 'table_main', 'grid_main']
+           'TensorBoard', 'make_encoders', 'make_opt', 'fused_sgd', 'environment', 'data_checksum', 'claim', 'build',
+           'run', 'causes', 'mendable', 'save_pred', 'load_pred', 'load_run', 'read_history', 'plot_losses',
+           'plot_weights', 'plot_confusion', 'show_samples', 'results', 'table', 'seed_list', 'plan', 'attempt', 'grid',
+           'tune', 'compared', 'plot_compared', 'plot_curves', 'costs', 'parse', 'main', 'table_main', 'grid_main']
 
 # %% ../nbs/15_experiments.ipynb #a0949d8d
 import argparse, ast, errno, hashlib, json, math, os, platform, re, shutil, signal, subprocess, sys, threading, time, warnings
@@ -95,6 +95,13 @@ class Run(Described):
     schedule: str = _opt('step', "'constant', 'step' (a tenth after 70%) or 'cosine'")
     seed: int = _opt(0, 'of everything that is random')
     precision: str = _opt('no', "mixed precision: 'no' or 'bf16'")
+    accumulate: int = _opt(1, 'so many times batch_size samples make one training batch, encoded batch_size at a time', later=True)
+    shuffle: str = _opt('all', "training order: 'all', or 'shards' (among a few files at a time, for data larger than memory)", later=True)
+    augment: str = _opt('', "'crop', 'flip' or 'crop,flip': training pictures are shifted, mirrored or both", later=True)
+    channels_last: bool = _opt(False, 'memory layout that convolutions like', later=True)
+    compiled: bool = _opt(False, 'torch.compile for the encoders, where it works', later=True)
+    tf32: bool = _opt(False, 'faster, less exact matrix products on a GPU', later=True)
+    fused: bool = _opt(False, 'the optimizer in one kernel: faster, equal up to rounding', later=True)
     init: str = _opt('', 'start from the weights of this run folder or safetensors file')
     device: str = _opt('auto', "'auto' or 'cpu'", where=True)
     workers: int = _opt(0, 'processes that prepare batches', where=True)
@@ -120,6 +127,9 @@ LIMITS = [('epochs batch_size', lambda v: v >= 1, 'a whole number of at least 1'
           ('temperature', lambda v: v in ('', 'validation'), "'validation' or nothing"),
           ('missing_fill', lambda v: v in FILLS, "'skip' or 'zeros'"),
           ('precision', lambda v: v in ('no', 'bf16'), "'no' or 'bf16'"),
+          ('accumulate', lambda v: v >= 1, 'a whole number of at least 1'),
+          ('shuffle', lambda v: v in ('all', 'shards'), "'all' or 'shards'"),
+          ('augment', lambda v: v in Augment.kinds, "nothing, 'crop', 'flip' or 'crop,flip'"),
           ('device', lambda v: v in ('auto', 'cpu'), "'auto' (a GPU where there is one) or 'cpu'"),
           ('name', lambda v: not re.search(r'[/\\]|^\.', v), 'a plain folder name, without slashes')]
 
@@ -432,8 +442,16 @@ def make_encoders(
 
 def make_opt(cfg:Run):
     "The optimiser of a run, to be called with parameters"
-    if cfg.optimizer == 'adamw': return partial(torch.optim.AdamW, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    return partial(torch.optim.SGD, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    fused = dict(fused=True) if cfg.fused else {}
+    if cfg.optimizer == 'adamw': return partial(torch.optim.AdamW, lr=cfg.lr, weight_decay=cfg.weight_decay, **fused)
+    return partial(fused_sgd if fused else torch.optim.SGD, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+
+def fused_sgd(params, **kw):
+    "SGD in one kernel, which wants the momentum of all parameters to begin in the same step; turns begin one after the other"
+    opt = torch.optim.SGD(params, fused=True, **kw)
+    for g in opt.param_groups:
+        for p in g['params']: opt.state[p]['momentum_buffer'] = torch.zeros_like(p)
+    return opt
 
 def environment()->dict:
     "Versions, machine and commit, to be stored with every result"
@@ -485,18 +503,17 @@ def build(
         if m not in s.modalities: raise unknown('modality', m, s.modalities)
     mods = {m: mod for m, mod in s.modalities.items() if m in (method.modalities or s.modalities)}
     names = encoder_names(cfg.encoder, mods)
-    gaps = [m for m in mods if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not s.train.has(m).all()]
-    if gaps: raise InputError(f"some training samples lack {gaps[0]}: the processes would disagree about who has a turn, so this trains on one process only; start it without torchrun.")
     if method.rule: make_rule(method.rule)(torch.zeros(len(mods), 1, len(s.classes)), torch.ones(len(mods), 1, dtype=torch.bool))   # does it take so many?
     set_seed(cfg.seed)
     net = make_net(method.head, make_encoders(names, s, preps), len(s.classes))
     if cfg.init: load_weights(net, cfg.init)
-    dls = loaders(s, {m: e.prep for m, e in net.encs.items()}, cfg.batch_size, cfg.seed, cfg.workers, pin=cfg.device == 'auto' and torch.cuda.is_available())
+    dls = loaders(s, {m: e.prep for m, e in net.encs.items()}, cfg.batch_size * cfg.accumulate, cfg.seed, cfg.workers, pin=cfg.device == 'auto' and torch.cuda.is_available(), shuffle=cfg.shuffle)
     return Learner(net, dls, method, make_opt(cfg), _callbacks(cfg), cfg.seed)
 
 def _callbacks(cfg):
+    fast = Accelerate(cfg.device, cfg.precision, cfg.channels_last, cfg.compiled, cfg.tf32, cfg.batch_size if cfg.accumulate > 1 else 0)
     saver = Saver(cfg.folder, cfg.keep, cfg.save_every)
-    both = [Accelerate(cfg.device, cfg.precision), Schedule(cfg.schedule), StopOnNaN(folder=cfg.folder), Recorder(), saver, Stopper(saver)]
+    both = [fast, *([Augment(cfg.augment)] if cfg.augment else []), Schedule(cfg.schedule), StopOnNaN(folder=cfg.folder), Recorder(), saver, Stopper(saver)]
     if not is_main(): return both
     return [*both, TensorBoard(cfg.folder/'tensorboard'), *([Progress(f'{cfg.dataset} {cfg.method} s{cfg.seed}')] if cfg.progress else [])]
 

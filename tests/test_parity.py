@@ -87,7 +87,7 @@ def projected(z, kw):
         head.out.weight.grad, head.out.bias.grad = z.t("grad_in")[i].clone(), z.t("grad_bias")[i].clone()
         turn = SimpleNamespace(rows=lambda m: None)                  # everybody is there
         edit.after_backward(SimpleNamespace(net=SimpleNamespace(head=head), z={"m": z.t(f"x{i}")}, turn=turn, step=int(z["batch_index"][i]),
-                                            dls=SimpleNamespace(train=range(int(z["len_dataloader"]))), average=lambda r: r))
+                                            dls=SimpleNamespace(train=range(int(z["len_dataloader"]))), mean=lambda z: z.mean(0)))
         yield edit.P, head.out.weight.grad, head.out.bias.grad
 
 
@@ -245,7 +245,8 @@ def test_e_qmf(branch):
     loss, kept = QMFLoss("av" if branch == "base" else "m3ae"), {}
     terms = loss.terms
     loss.terms = lambda *a: kept.setdefault("terms", []).append(terms(*a)) or kept["terms"][-1]
-    learn = SimpleNamespace(net=SimpleNamespace(encs=dict.fromkeys(mods), head=lambda one: next(iter(one.values()))), dls=SimpleNamespace(sampler=Shuffle(n)))
+    learn = SimpleNamespace(net=SimpleNamespace(encs=dict.fromkeys(mods), head=lambda one: next(iter(one.values()))), dls=SimpleNamespace(sampler=Shuffle(n)),
+                            everyone=lambda logits: (logits, learn.turn))
     loss.before_fit(learn)
     for i in range(calls):
         learn.epoch = i * B // n

@@ -243,7 +243,7 @@ class Prepared(Dataset):
         import datasets as hf
         parts = [hf.Dataset.from_file(str(f)) for f in files]
         self.ds, self.modalities = hf.concatenate_datasets(parts) if len(parts) > 1 else parts[0], modalities
-        self.y, self.ids = torch.tensor(self.ds['y'][:]), self.ds['id'][:]
+        self.y, self.ids, self.shards = torch.tensor(self.ds['y'][:]), self.ds['id'][:], [len(p) for p in parts]
 
     def __len__(self): return len(self.y)
     def __getitem__(self, i:int)->dict: return self.__getitems__([i])[0]
