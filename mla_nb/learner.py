@@ -187,7 +187,7 @@ class Loop:
     def left(self):
         "The batches of this epoch that are not done yet, with their numbers"
         train = self.dls.train
-        size = getattr(train, 'total_batch_size', getattr(train, 'batch_size', None))       # of all processes together
+        size = getattr(train, 'batch_size', None)           # rows of a whole batch; None: a list of batches
         self.dls.sampler.epoch, self.dls.sampler.skip = self.epoch, self.done * (size or 0)
         for k, b in enumerate(train if size else train[self.done:], self.done):
             if self.rng: set_rng_state(self.rng); self.rng = None
@@ -493,6 +493,9 @@ class OnDevice:
     vary = staticmethod(lambda b: b)        # what `Augment` puts here happens before
     def __init__(self, dl, device): self.dl, self.device = dl, device
     def __len__(self): return len(self.dl)
+    def __getitem__(self, some): return [self.vary(b).to(self.device) for b in self.dl[some]]        # of a list of batches
+    @property
+    def batch_size(self): return getattr(self.dl, 'batch_size', None)
     def __iter__(self): return (self.vary(b).to(self.device) for b in self.dl) if self.device.type != 'cuda' else self.ahead()
 
     def ahead(self):
@@ -715,23 +718,27 @@ class Share(Sampler):
         e = self.sampler.epoch
         if e not in self.steps: self.steps = {e: max(-(-len(s) // self.size) for s in self.streams())}      # asked for in every step
         return self.steps[e]
-    def __iter__(self): return (r.tolist() for r in self.streams()[self.team.rank].split(self.size) if len(r))
+    @property
+    def done(self): return self.sampler.skip // (self.size * self.team.n)       # steps of this epoch that were taken before a restart
+    def __iter__(self): return (r.tolist() for r in self.streams()[self.team.rank].split(self.size)[self.done:] if len(r))
 
 # %% ../nbs/06_learner.ipynb #b5d23549
 class Shared:
     "The training batches of one process; each knows what the whole batch is"
     vary = staticmethod(lambda b: b)
     def __init__(self, dls, team):
-        self.team, dl = team, dls.train
+        self.team, dl, self.batch_size, self.share = team, dls.train, None, None
         if not isinstance(dl, DataLoader): self.dl = [b.take(torch.arange(len(b)).tensor_split(team.n)[team.rank]) for b in dl]; return
         if dls.sampler.n < team.n: raise InputError(f"{team.n} processes, but only {dls.sampler.n} training samples; use fewer processes.")
-        self.dl = again(dl, Share(dls.sampler, dl.batch_size, team))
+        self.share = Share(dls.sampler, dl.batch_size, team)
+        self.dl, self.batch_size = again(dl, self.share), dl.batch_size * team.n
 
     def __len__(self): return len(self.dl)
+    def __getitem__(self, some): return [self.moved(b) for b in self.dl[some]]           # of a list of batches
 
     def __iter__(self):
-        k = 0
-        for k, b in enumerate(self.dl, 1): yield self.moved(b)
+        k = self.share.done if self.share else 0
+        for k, b in enumerate(self.dl, k + 1): yield self.moved(b)
         for _ in range(len(self) - k): yield self.moved(b.take(torch.zeros(0, dtype=torch.long)))      # others have rows left
 
     def moved(self, b):
