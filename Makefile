@@ -94,10 +94,11 @@ readme: $(READY) ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/nbs.py readme
 clean: $(READY) ## store the notebooks without execution counts and stray metadata
 	$(BIN)/nbdev_clean
-benchmark: $(READY) ## the cost of a step, against the bare encoders, and of every method
+benchmark: $(READY) ## the cost of a step, against the bare encoders, of every method, of reading, and of an answer
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/input.py
+	$(BIN)/python benchmarks/predict.py
 gpu: $(READY) ## every dataset's preset at full size for two epochs, into results/gpu.json (on a machine with a GPU)
 	$(BIN)/python benchmarks/gpu.py
 params: $(READY) ## parameter files for papermill, one per dataset and method
