@@ -124,13 +124,14 @@ readme: $(READY) ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/nbs.py readme
 clean: $(READY) ## store the notebooks without execution counts and stray metadata
 	$(BIN)/nbdev_clean
-benchmark: $(READY) ## where the time goes, and the cost of a step, an epoch and every method against the bare encoders
+benchmark: $(READY) ## where the time goes; the cost of a step, an epoch and every method against the bare encoders; of reading, and of an answer
 	$(BIN)/python benchmarks/profile.py
 	$(BIN)/python benchmarks/epoch.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/input.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/predict.py
 gpu: $(READY) ## every dataset's preset at full size, and steps in fp32, bf16, compiled, into results/gpu.json (on a machine with a GPU)
 	$(BIN)/python benchmarks/gpu.py
 site: $(READY) ## the chapters and the API as a web site in _site/html/
