@@ -54,6 +54,7 @@ class Described(Checked):
     "What a run is: gaps are filled from the preset, and its folder is named after the rest"
     def __post_init__(self):
         "What was not said is as the dataset's preset has it"
+        object.__setattr__(self, 'dataset', _typed(self.__dataclass_fields__['dataset'], self.dataset))
         if self.dataset not in datasets: discover()
         for k, v in {**PRESET, **getattr(datasets[self.dataset], 'preset', {})}.items():
             if getattr(self, k) is None: object.__setattr__(self, k, v)
@@ -129,6 +130,7 @@ def _typed(f, v):
     if f.metadata['read']: return f.metadata['read'](v, f.name)
     if v is None and f.default is None: return v
     try:
+        if kind == 'dict' and not isinstance(v, (str, dict)): raise ValueError
         if kind == 'dict': return parse_args(v)
         if kind == 'bool': return dict(true=True, false=False)[str(v).lower()]
         if kind == 'str' and not isinstance(v, str): raise ValueError
@@ -300,6 +302,13 @@ def read_state(
     sha = state.pop('sha256', None)                                                     # the first versions had none
     return 'its checksum is wrong' if sha and sha != digest(state) else state
 
+def _restore(cbs, states, names):
+    "Give callbacks their states back, by name: there may be others this time"
+    left = list(zip(names or [type(c).__name__ for c in cbs], states))          # the first versions kept no names
+    for c in cbs:
+        k = next((k for k, (name, _) in enumerate(left) if name == type(c).__name__), None)
+        if k is not None and (kept := left.pop(k)[1]): c.load_state_dict(kept)
+
 def _best_is_there(folder):
     path, todo = folder/'model.safetensors', f'remove the folder {folder} to begin this run again'
     if not path.exists(): raise InputError(f"{folder}: model.safetensors, the best epoch so far, is gone; {todo}.")
@@ -332,7 +341,7 @@ class States(Callback):
         if not is_main(): return
         if not all(p.isfinite().all() for p in learn.net.parameters()): raise Diverged(f"the weights are not finite in epoch {learn.epoch + 1}; try a learning rate below {learn.opt.param_groups[0]['lr']:g}.")
         state = dict(net=learn.net.state_dict(), opt=learn.opt.state_dict(), epoch=learn.epoch, best=self.best, history=json.dumps(rows),
-                     callbacks=[c.state_dict() for c in learn.cbs], done=done, rng=rng_state())
+                     callbacks=[c.state_dict() for c in learn.cbs], names=[type(c).__name__ for c in learn.cbs], done=done, rng=rng_state())
         new, files = self.folder/'.next.part', [self.folder/(f'last-{k}.pt' if k else 'last.pt') for k in range(self.keep)]
         write_atomic(new, lambda part: torch.save({**state, 'sha256': digest(state)}, part))
         for old, older in reversed(list(zip(files, files[1:]))):
@@ -350,7 +359,7 @@ class Saver(States):
         state, path = self.read(next(learn.net.parameters()).device)
         fits(learn.net, state['net'], path)
         learn.net.load_state_dict(state['net']); learn.opt.load_state_dict(state['opt'])
-        for c, kept in zip(learn.cbs, state['callbacks']): c.load_state_dict(kept) if kept else None
+        _restore(learn.cbs, state['callbacks'], state.get('names'))
         learn.history, learn.done = json.loads(state['history']), state.get('done', 0)
         learn.rng = state.get('rng') if learn.done else None                # a new epoch seeds them anew
         learn.epoch, self.best = state['epoch'] + (not learn.done), state['best']

@@ -152,12 +152,16 @@ class Loop:
         train = self.dls.train
         size = getattr(train, 'total_batch_size', getattr(train, 'batch_size', None))       # of all processes together
         self.dls.sampler.epoch, self.dls.sampler.skip = self.epoch, self.done * (size or 0)
+        self.seed_epoch()
         for k, b in enumerate(train if size else train[self.done:], self.done):
-            if self.rng: set_rng_state(self.rng); self.rng = None
+            if k == self.done: set_rng_state(self.rng) if self.rng else self.seed_epoch()   # whatever the loader has drawn
             yield k, b
 
-    def one_epoch(self):
+    def seed_epoch(self):
         set_seed(self.seed, self.epoch)
+        torch.empty((), dtype=torch.int64).random_()        # what a loader without workers draws, so that workers change nothing
+
+    def one_epoch(self):
         self.net.train()
         for self.step, self.batch in self.left(): self.one_batch()
         self.done, self.rng = 0, None
