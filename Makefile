@@ -3,6 +3,9 @@
 #   make demo DATASET=digits ARCHIVE=free-spoken-digit-dataset.zip      the same on real recordings
 #   make demo DATASET=cremad [ROOT=CREMA-D]     the same on CREMA-D, or without ROOT on a made miniature of it;
 #                                               also food101, mvsa, iemocap, kinetics
+#   make demo DATASET=iemocap ENCODER=features [FEATURES=SPEC]     encoders run over the dataset once, both methods train on
+#                                               what they make; without FEATURES the encoders are small and random
+#   make demo DATASET=iemocap ENCODER=m3ae      masked autoencoders of the size SIZE=small; sound is read by CAV-MAE
 #   make test                     every test, and every chapter
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -15,10 +18,26 @@ WORKERS ?= 2
 DATASET ?= synthetic
 METHODS ?= concat mla
 ENCODER ?= small
+# ENCODER=m3ae: M3AE has no ears, so its sibling CAV-MAE listens; from scratch, a few epochs at a rate that transformers bear
+SIZE    ?= small
+M3AE_iemocap   := audio=cavmae(size=$(SIZE)),video=m3ae(size=$(SIZE)),text=m3ae(size=$(SIZE))
+M3AE_cremad    := audio=cavmae(size=$(SIZE)),video=m3ae(size=$(SIZE))
+M3AE_kinetics  := $(M3AE_cremad)
+M3AE_digits    := audio=cavmae(size=$(SIZE)),image=m3ae(size=$(SIZE))
+M3AE_synthetic := audio=cavmae(size=$(SIZE)),visual=m3ae(size=$(SIZE)),text=m3ae(size=$(SIZE))
+ifeq ($(ENCODER),m3ae)
+SPEC   := $(or $(M3AE_$(DATASET)),m3ae(size=$(SIZE)))
+EPOCHS ?= 3
+LR     ?= 0.01
+else
+SPEC   := $(ENCODER)
+endif
 EPOCHS  ?= 20
 SEED    ?= 0
 ARCHIVE ?=
 ROOT    ?=
+# the encoders of ENCODER=features, e.g. hf:openai/clip-vit-base-patch32; small: made here, with random weights
+FEATURES ?= small
 DOWNLOAD ?=
 DEMO    := runs/demo
 # what is passed to data_scripts/prepare_digits.py, and the same options for the run
@@ -30,7 +49,11 @@ endif
 MEDIA := cremad food101 mvsa iemocap kinetics
 ifneq ($(filter $(DATASET),$(MEDIA)),)
 LR ?= 0.1
-DATASET_ARGS ?= $(if $(ROOT),,variant=miniature)
+MADE := $(if $(ROOT),,miniature)
+ifeq ($(ENCODER),features)
+DATASET_ARGS ?= variant=$(if $(MADE),$(MADE)-)features
+endif
+DATASET_ARGS ?= $(if $(MADE),variant=$(MADE))
 BATCH ?= $(if $(ROOT),64,16)
 endif
 SPLIT ?=
@@ -38,7 +61,7 @@ TRAIN := $(if $(LR),-p lr $(LR)) $(if $(BATCH),-p batch_size $(BATCH))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help setup demo prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test soak lab chapter export clean readme check-python lock benchmark results
+.PHONY: help setup demo features prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test soak browser site lab chapter export clean readme check-python lock benchmark results
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -57,15 +80,18 @@ $(READY): $(DEPS) setup.py settings.ini pyproject.toml
 
 setup: $(READY) ## the environment in .venv
 
-demo: prepare-$(DATASET) ## concat and mla, start to end: executed notebooks in runs/demo/ and a table
+demo: prepare-$(DATASET) $(if $(filter features,$(ENCODER)),features) ## concat and mla, start to end: executed notebooks in runs/demo/ and a table
 	@mkdir -p $(DEMO)
 	@set -e; for m in $(METHODS); do \
 	  echo "== $$m on $(DATASET): $(DEMO)/$(DATASET)-$$m.ipynb"; \
 	  $(BIN)/python -m papermill --log-level WARNING --progress-bar nbs/experiments/run.ipynb $(DEMO)/$(DATASET)-$$m.ipynb -k python3 \
-	    -p dataset $(DATASET) -p method $$m -p encoder '$(ENCODER)' -p epochs $(EPOCHS) -p seed $(SEED) $(TRAIN) \
+	    -p dataset $(DATASET) -p method $$m -p encoder '$(SPEC)' -p epochs $(EPOCHS) -p seed $(SEED) $(TRAIN) \
 	    -r dataset_args '$(DATASET_ARGS)' -p root $(DEMO)/$(DATASET); \
 	done
 	@echo; $(BIN)/mla_table $(DEMO)/$(DATASET)
+
+features: prepare-$(DATASET) ## encoders run over a prepared dataset once: make features DATASET=iemocap FEATURES=SPEC
+	$(BIN)/python data_scripts/extract_features.py --dataset '$(DATASET)' $(if $(MADE),--variant $(MADE)) --encoder '$(FEATURES)' $(if $(FORCE),--force)
 
 prepare-synthetic: $(READY)
 prepare-digits: $(READY)
@@ -98,12 +124,18 @@ readme: $(READY) ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/nbs.py readme
 clean: $(READY) ## store the notebooks without execution counts and stray metadata
 	$(BIN)/nbdev_clean
-benchmark: $(READY) ## the cost of a step, against the bare encoders, and of every method
+benchmark: $(READY) ## where the time goes, and the cost of a step, an epoch and every method against the bare encoders
+	$(BIN)/python benchmarks/profile.py
+	$(BIN)/python benchmarks/epoch.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/input.py
-gpu: $(READY) ## every dataset's preset at full size for two epochs, into results/gpu.json (on a machine with a GPU)
+	$(BIN)/python benchmarks/memory.py
+gpu: $(READY) ## every dataset's preset at full size, and steps in fp32, bf16, compiled, into results/gpu.json (on a machine with a GPU)
 	$(BIN)/python benchmarks/gpu.py
+site: $(READY) ## the chapters and the API as a web site in _site/html/
+	$(BIN)/python tools/site.py build
+	$(BIN)/python tools/site.py check
 params: $(READY) ## parameter files for papermill, one per dataset and method
 	$(BIN)/python tools/params.py
 results: $(READY) ## every run behind the tables, about an hour: make results ARCHIVE=FILE.zip

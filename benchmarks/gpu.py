@@ -3,6 +3,8 @@
 Prepares the made miniature of each dataset at the published sizes, trains MLA with the preset's encoder and batch size for
 two epochs, and writes samples per second, peak memory and the hours that a full run of published length would take to
 results/gpu.json. The second epoch is measured; the first warms up. Meant for a GPU; on a CPU it says so in the file.
+
+Then gpu_speed.py: steps in fp32, bf16, channels-last and compiled beside a step of the released code, under "speed".
 """
 import argparse
 import json
@@ -14,6 +16,7 @@ import torch
 
 from mla_nb.data.miniature import miniature
 from mla_nb.experiments import Run, environment, read_history, run
+import gpu_speed
 
 # training samples of the published splits: a tenth less where validation is cut from training
 PUBLISHED = dict(cremad=6028, food101=61127, mvsa=1555, iemocap=4425, kinetics=14799)
@@ -43,10 +46,17 @@ if __name__ == "__main__":
     p.add_argument("--datasets", default=",".join(PUBLISHED))
     p.add_argument("--clips", type=int, default=384, help="samples of each miniature")
     p.add_argument("--out", default=str(HERE / "gpu.json"))
+    p.add_argument("--rounds", type=int, default=20, help="timed steps of each way to step; 0: none")
+    p.add_argument("--tiny", action="store_true", help="steps at shapes that a CPU can do")
     a = p.parse_args()
     out = dict(environment=environment(), runs={})
     with tempfile.TemporaryDirectory() as d:
-        for name in a.datasets.split(","):
+        for name in filter(None, a.datasets.split(",")):
             out["runs"][name] = one(name, a.device, a.clips, Path(d))
             print(name, out["runs"][name])
             Path(a.out).write_text(json.dumps(out, indent=1) + "\n")
+    device = torch.device("cuda" if torch.cuda.is_available() and a.device == "auto" else "cpu")
+    for name in ("resnet18", "transformer") if a.rounds else ():
+        out.setdefault("speed", {})[name] = gpu_speed.measure(name, device, a.rounds, a.tiny)
+        Path(a.out).write_text(json.dumps(out, indent=1) + "\n")
+    if a.rounds: print(gpu_speed.table(out["speed"]))

@@ -131,13 +131,13 @@ class Samples(Dataset):
         return tensor([v is not None for v in self.x[m]])
 
 # %% ../nbs/00_core.ipynb #c78fdf58
-FORMS = dict(audio=('wave', 'features'), visual=('image', 'frames'), text=('text',))
+FORMS = dict(audio=('wave', 'features', 'vector'), visual=('image', 'frames', 'vector'), text=('text', 'vector'))
 
 @dataclass
 class Modality:
     "What the items of one modality are"
     kind: str                                   # 'audio', 'visual' or 'text'
-    form: str                                   # 'wave', 'features', 'image', 'frames' or 'text'
+    form: str                                   # 'wave', 'features', 'image', 'frames', 'text' or 'vector' (extracted features)
     info: dict = field(default_factory=dict)    # what else is known: rate in Hz, feature parameters
 
     def __post_init__(self):
@@ -185,7 +185,7 @@ def take(
 ):                # the same shape of thing with K rows
     "The rows of `x`, whatever `x` is made of"
     if isinstance(x, dict): return {k: take(v, rows) for k, v in x.items()}
-    return x[rows.to(x.device)]
+    return x[rows.to(x.device, non_blocking=True)]
 
 def to(x, device):
     "Move a tensor, or a dict of tensors"

@@ -6,10 +6,10 @@
 __all__ = ['PRESET', 'LIMITS', 'FULL', 'CLOSED', 'Checked', 'Described', 'Run', 'parse_args', 'split_list', 'with_options',
            'make_dataset', 'make_method', 'encoder_names', 'save_tensors', 'read_tensors', 'seal', 'check_seal', 'fits',
            'load_weights', 'is_main', 'checkpoints', 'read_state', 'States', 'Saver', 'Stopped', 'Stopper',
-           'TensorBoard', 'make_encoders', 'make_opt', 'environment', 'data_checksum', 'claim', 'build', 'run',
-           'causes', 'mendable', 'save_pred', 'load_pred', 'load_run', 'read_history', 'plot_losses', 'plot_weights',
-           'plot_confusion', 'show_samples', 'results', 'table', 'seed_list', 'plan', 'attempt', 'grid', 'tune',
-           'compared', 'plot_compared', 'plot_curves', 'costs', 'parse', 'main', 'table_main', 'grid_main']
+           'TensorBoard', 'make_encoders', 'make_opt', 'fused_sgd', 'environment', 'data_checksum', 'claim', 'build',
+           'run', 'causes', 'mendable', 'save_pred', 'load_pred', 'load_run', 'read_history', 'plot_losses',
+           'plot_weights', 'plot_confusion', 'show_samples', 'results', 'table', 'seed_list', 'plan', 'attempt', 'grid',
+           'tune', 'compared', 'plot_compared', 'plot_curves', 'costs', 'parse', 'main', 'table_main', 'grid_main']
 
 # %% ../nbs/15_experiments.ipynb #a0949d8d
 import argparse, ast, errno, hashlib, json, math, os, platform, re, shutil, signal, subprocess, sys, threading, time, warnings
@@ -96,6 +96,13 @@ class Run(Described):
     schedule: str = _opt('step', "'constant', 'step' (a tenth after 70%) or 'cosine'")
     seed: int = _opt(0, 'of everything that is random')
     precision: str = _opt('no', "mixed precision: 'no' or 'bf16'")
+    accumulate: int = _opt(1, 'so many times batch_size samples make one training batch, encoded batch_size at a time', later=True)
+    shuffle: str = _opt('all', "training order: 'all', or 'shards' (among a few files at a time, for data larger than memory)", later=True)
+    augment: str = _opt('', "'crop', 'flip' or 'crop,flip': training pictures are shifted, mirrored or both", later=True)
+    channels_last: bool = _opt(False, 'memory layout that convolutions like', later=True)
+    compiled: bool = _opt(False, 'torch.compile for the encoders, where it works', later=True)
+    tf32: bool = _opt(False, 'faster, less exact matrix products on a GPU', later=True)
+    fused: bool = _opt(False, 'the optimizer in one kernel: faster, equal up to rounding', later=True)
     init: str = _opt('', 'start from the weights of this run folder or safetensors file')
     device: str = _opt('auto', "'auto' or 'cpu'", where=True)
     workers: int = _opt(0, 'processes that prepare batches', where=True)
@@ -121,6 +128,9 @@ LIMITS = [('epochs batch_size', lambda v: v >= 1, 'a whole number of at least 1'
           ('temperature', lambda v: v in ('', 'validation'), "'validation' or nothing"),
           ('missing_fill', lambda v: v in FILLS, "'skip' or 'zeros'"),
           ('precision', lambda v: v in ('no', 'bf16'), "'no' or 'bf16'"),
+          ('accumulate', lambda v: v >= 1, 'a whole number of at least 1'),
+          ('shuffle', lambda v: v in ('all', 'shards'), "'all' or 'shards'"),
+          ('augment', lambda v: v in Augment.kinds, "nothing, 'crop', 'flip' or 'crop,flip'"),
           ('device', lambda v: v in ('auto', 'cpu'), "'auto' (a GPU where there is one) or 'cpu'"),
           ('name', lambda v: not re.search(r'[/\\]|^\.', v), 'a plain folder name, without slashes')]
 
@@ -199,13 +209,17 @@ def encoder_names(
         if m not in modalities: raise unknown('modality', m, modalities)
     lost = [m for m in modalities if m not in each]
     if lost: raise InputError(f"encoder={spec!r} names none for {', '.join(lost)}; name a family for all, or one for each of {', '.join(modalities)}.")
-    return {m: _encoder(m, modalities[m].kind, *each[m]) for m in modalities}
+    return {m: _encoder(m, modalities[m], *each[m]) for m in modalities}
 
-def _encoder(m, kind, family, options):
+def _encoder(m, mod, family, options):
     "hf:bert-base-uncased is the family hf with the option model"
     family, colon, model = family.partition(':')
+    kind = mod.kind
     if f'{family}_{kind}' not in encoders:
         raise unknown(f'encoder of {kind} (for {m})', family, [k.removesuffix(f'_{kind}') for k in encoders if k.endswith(f'_{kind}')])
+    if (mod.form == 'vector') != (family == 'features'):
+        raise InputError(f"encoder={family!r} for {m}: " + ("its items are extracted features (vectors), which only encoder=features reads; say --encoder features." if mod.form == 'vector' else
+                         f"it reads vectors of extracted features, and the items are of the form {mod.form!r}; extract features first (data_scripts/extract_features.py), or choose another encoder."))
     return f'{family}_{kind}', {**options, **({'model': model} if colon else {})}
 
 # %% ../nbs/15_experiments.ipynb #43b44b6a
@@ -437,8 +451,16 @@ def make_encoders(
 
 def make_opt(cfg:Run):
     "The optimiser of a run, to be called with parameters"
-    if cfg.optimizer == 'adamw': return partial(torch.optim.AdamW, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    return partial(torch.optim.SGD, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    fused = dict(fused=True) if cfg.fused else {}
+    if cfg.optimizer == 'adamw': return partial(torch.optim.AdamW, lr=cfg.lr, weight_decay=cfg.weight_decay, **fused)
+    return partial(fused_sgd if fused else torch.optim.SGD, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+
+def fused_sgd(params, **kw):
+    "SGD in one kernel, which wants the momentum of all parameters to begin in the same step; turns begin one after the other"
+    opt = torch.optim.SGD(params, fused=True, **kw)
+    for g in opt.param_groups:
+        for p in g['params']: opt.state[p]['momentum_buffer'] = torch.zeros_like(p)
+    return opt
 
 def environment()->dict:
     "Versions, machine and commit, to be stored with every result"
@@ -490,18 +512,17 @@ def build(
         if m not in s.modalities: raise unknown('modality', m, s.modalities)
     mods = {m: mod for m, mod in s.modalities.items() if m in (method.modalities or s.modalities)}
     names = encoder_names(cfg.encoder, mods)
-    gaps = [m for m in mods if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not s.train.has(m).all()]
-    if gaps: raise InputError(f"some training samples lack {gaps[0]}: the processes would disagree about who has a turn, so this trains on one process only; start it without torchrun.")
     if method.rule: make_rule(method.rule)(torch.zeros(len(mods), 1, len(s.classes)), torch.ones(len(mods), 1, dtype=torch.bool))   # does it take so many?
     set_seed(cfg.seed)
     net = make_net(method.head, make_encoders(names, s, preps), len(s.classes))
     if cfg.init: load_weights(net, cfg.init)
-    dls = loaders(s, {m: e.prep for m, e in net.encs.items()}, cfg.batch_size, cfg.seed, cfg.workers, pin=cfg.device == 'auto' and torch.cuda.is_available())
+    dls = loaders(s, {m: e.prep for m, e in net.encs.items()}, cfg.batch_size * cfg.accumulate, cfg.seed, cfg.workers, pin=cfg.device == 'auto' and torch.cuda.is_available(), shuffle=cfg.shuffle)
     return Learner(net, dls, method, make_opt(cfg), _callbacks(cfg), cfg.seed)
 
 def _callbacks(cfg):
+    fast = Accelerate(cfg.device, cfg.precision, cfg.channels_last, cfg.compiled, cfg.tf32, cfg.batch_size if cfg.accumulate > 1 else 0)
     saver = Saver(cfg.folder, cfg.keep, cfg.save_every)
-    both = [Accelerate(cfg.device, cfg.precision), Schedule(cfg.schedule), StopOnNaN(folder=cfg.folder), Recorder(), saver, Stopper(saver)]
+    both = [fast, *([Augment(cfg.augment)] if cfg.augment else []), Schedule(cfg.schedule), StopOnNaN(folder=cfg.folder), Recorder(), saver, Stopper(saver)]
     if not is_main(): return both
     return [*both, TensorBoard(cfg.folder/'tensorboard'), *([Progress(f'{cfg.dataset} {cfg.method} s{cfg.seed}')] if cfg.progress else [])]
 
@@ -551,7 +572,8 @@ def _recipes(cfg, net, mods):
 def _describe(cfg, s, learn):
     "config.json and preps.json: what is needed to build the net again without the data"
     mods = {m: s.modalities[m] for m in learn.net.encs}
-    about = dict(run=cfg.what, data=data_checksum(cfg), classes=s.classes, modalities={m: asdict(v) for m, v in mods.items()}, encoders=_recipes(cfg, learn.net, mods), dataset=s.info)
+    about = dict(run=cfg.what, data=data_checksum(cfg), classes=s.classes, modalities={m: asdict(v) for m, v in mods.items()}, encoders=_recipes(cfg, learn.net, mods), dataset=s.info,
+                 items={m: list(getattr(s.train.column(m)[0], 'shape', [])) for m in mods})         # what an item looks like
     cfg.folder.mkdir(parents=True, exist_ok=True)
     (cfg.folder/'nan.json').unlink(missing_ok=True)                     # of an earlier start
     write_atomic(cfg.folder/'config.json', json.dumps(about, indent=1))
@@ -612,8 +634,11 @@ def load_run(
     "The trained net of a run"
     folder = Path(folder)
     if not (folder/'result.json').exists(): raise InputError(f"{folder} is not the folder of a finished run; it needs config.json, preps.json, model.safetensors and result.json.")
-    about, preps, result = (read_json(folder/f'{n}.json', todo='give the folder of another run') for n in ('config', 'preps', 'result'))
+    needs = dict(config=('run', 'classes', 'modalities', 'encoders'), preps=(), result=('weights', 'temperatures', 'test'))
+    about, preps, result = (read_json(folder/f'{n}.json', needs[n], 'give the folder of another run') for n in needs)
     check_seal(folder, 'config.json', 'preps.json', 'result.json')
+    lost = [m for m in about['encoders'] if m not in preps]
+    if lost: raise InputError(f"{folder}/preps.json holds nothing for {lost[0]}; give the folder of another run.")
     discover()
     kept = {m: e if isinstance(e, dict) else dict(name=e, options={}) for m, e in about['encoders'].items()}       # once a name only
     encs = {m: call(encoders[e['name']], e['options'], mod=Modality(**about['modalities'][m]), prep=preps[m]) for m, e in kept.items()}
@@ -670,7 +695,8 @@ def _draw_item(ax, item, mod):
     "One raw item on one axis"
     ax.set_xticks([]); ax.set_yticks([])
     if item is None: ax.text(.5, .5, 'absent', ha='center', va='center'); return
-    if mod.kind == 'text': ax.text(.5, .5, _wrapped(item), ha='center', va='center', fontsize=8); ax.set_axis_off()
+    if mod.form == 'vector': ax.plot(torch.as_tensor(item).tolist(), lw=.6)
+    elif mod.kind == 'text': ax.text(.5, .5, _wrapped(item), ha='center', va='center', fontsize=8); ax.set_axis_off()
     elif mod.form == 'wave': ax.specgram(torch.as_tensor(item).numpy(), NFFT=256, noverlap=128, Fs=mod.info.get('rate', 16000))
     elif mod.form == 'features': ax.imshow(torch.as_tensor(item).flip(0), aspect='auto')
     else: ax.imshow(torch.as_tensor(item if item.ndim == 3 else torch.cat(list(item), 2)).permute(1, 2, 0))

@@ -149,7 +149,7 @@ class Net(nn.Module):
         z = enc(x)
         if alone: enc.train()
         if m in self.adapters: z = self.adapters[m](z)
-        return z if rows is None else z.new_zeros(n, z.shape[1]).index_copy(0, rows.to(z.device), z)
+        return z if rows is None else z.new_zeros(n, z.shape[1]).index_copy(0, rows.to(z.device, non_blocking=True), z)
 
     def features(self, b:Batch)->dict:
         "z[m] (B,D) for every modality that the net can encode and somebody in the batch has"
@@ -162,7 +162,7 @@ class Net(nn.Module):
         who = torch.stack([b.present[m] for m in z])                                # (M,B)
         parts = [(who == p[:, None]).all(0).nonzero().squeeze(1) for p in who.unique(dim=1).T if p.any()]
         logits = [self.head({m: take(z[m], rows) for m in z if b.present[m][rows[0]]}) for rows in parts]
-        return logits[0].new_zeros(who.shape[1], logits[0].shape[1]).index_copy(0, torch.cat(parts).to(logits[0].device), torch.cat(logits))
+        return logits[0].new_zeros(who.shape[1], logits[0].shape[1]).index_copy(0, torch.cat(parts).to(logits[0].device, non_blocking=True), torch.cat(logits))
 
     def forward(self, b:Batch)->torch.Tensor: return self.combine(self.features(b), b)
 

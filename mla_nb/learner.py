@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['sgd', 'joint_turn', 'turn_of', 'ce_loss', 'Method', 'concat', 'sum_of_logits', 'film', 'gated', 'unimodal', 'Shuffle',
-           'Loaders', 'loaders', 'nbytes', 'Callback', 'Loop', 'Learner', 'Pred', 'fuse', 'opinion', 'predict',
-           'scores', 'predictions', 'Diverged', 'peak_memory', 'Recorder', 'Progress', 'Schedule', 'StopOnNaN',
-           'Accelerate', 'plot_learning', 'check_method']
+           'ShardShuffle', 'Loaders', 'loaders', 'make_sampler', 'nbytes', 'Callback', 'Loop', 'Learner', 'Pred',
+           'fuse', 'opinion', 'predict', 'scores', 'predictions', 'Diverged', 'peak_memory', 'Recorder', 'Progress',
+           'Schedule', 'StopOnNaN', 'Accelerate', 'OnDevice', 'tensors', 'compile_encoders', 'Augment', 'filled',
+           'join', 'backward_in_pieces', 'Agreement', 'Answers', 'buckets', 'Team', 'again', 'part_of', 'Share',
+           'Shared', 'plot_learning', 'check_method']
 
 # %% ../nbs/06_learner.ipynb #bd25aa0b
 import json, math, re, time
@@ -87,9 +89,35 @@ class Shuffle(Sampler):
     "A random order that depends on nothing but seed and epoch; `skip` samples at its start are done already"
     def __init__(self, n:int, seed:int=0): self.n, self.seed, self.epoch, self.skip = n, seed, 0, 0
     def __len__(self): return self.n
-    def __iter__(self):
-        g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.n, generator=g)[self.skip:].tolist()
+    def __iter__(self): yield from self.streams(1)[0][self.skip:].tolist()
+
+    def generator(self): return torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+
+    def streams(self, n:int, size:int=1)->list:
+        "The rows of each of `n` processes, `size` of them at a time: every n·size rows of the order are dealt out evenly"
+        order = torch.randperm(self.n, generator=self.generator())
+        if n == 1: return [order]
+        dealt = [chunk.tensor_split(n) for chunk in order.split(n * size) if len(chunk) > 1]        # a last row alone has no batch
+        return [torch.cat(rows) for rows in zip(*dealt)]
+
+# %% ../nbs/06_learner.ipynb #0e67ce00
+class ShardShuffle(Shuffle):
+    "Shards in a random order, and the rows of `buffer` shards at a time in a random order"
+    def __init__(self,
+        shards:list,    # rows of each shard
+        seed:int=0,
+        buffer:int=4,   # shards that are shuffled together
+    ):
+        super().__init__(sum(shards), seed)
+        self.shards, self.buffer = [torch.arange(self.n).split(list(shards))[k] for k in range(len(shards))], buffer
+
+    def streams(self, n:int, size:int=1)->list:
+        "The rows of each of `n` processes: shards of its own, in blocks"
+        if n > len(self.shards): raise InputError(f"shuffle='shards': {n} processes, but the training split has {len(self.shards)} shards; prepare it with smaller shards, or use shuffle='all'.")
+        g = self.generator()
+        order = torch.randperm(len(self.shards), generator=g).tolist()
+        blocks = [[torch.cat([self.shards[k] for k in mine[i:i + self.buffer]]) for i in range(0, len(mine), self.buffer)] for mine in (order[r::n] for r in range(n))]
+        return [torch.cat([b[torch.randperm(len(b), generator=g)] for b in own]) for own in blocks]
 
 # %% ../nbs/06_learner.ipynb #a08daa04
 @dataclass
@@ -108,16 +136,25 @@ def loaders(
     workers:int=0,          # processes that prepare batches
     ready:int=2**30,        # splits whose tensors need at most so many bytes are made into tensors once
     pin:bool=False,         # pinned memory, for a GPU
+    shuffle:str='all',      # or 'shards': only among a few shards at a time
 )->Loaders:
     "DataLoaders of a dataset"
-    sampler, make = Shuffle(len(s.train), seed), partial(collate, preps=preps)
+    sampler, make = make_sampler(s.train, seed, shuffle), partial(collate, preps=preps)
     def loader(part, **kw):
         few = [part[i] for i in range(min(16, len(part)))]              # the first one alone may lack what takes most room
         if nbytes(make(few)) * len(part) <= ready * len(few): return DataLoader(Ready(part, preps), collate_fn=_as_is, pin_memory=pin, **kw)
         return DataLoader(part, collate_fn=partial(collate, preps=preps and {m: getattr(p, 'pack', p) for m, p in preps.items()}), pin_memory=pin, num_workers=workers, persistent_workers=workers > 0, **kw)
     last_of_one = len(s.train) % batch_size == 1 and len(s.train) > 1       # batch norm cannot train on one row
     return Loaders(loader(s.train, batch_size=batch_size, sampler=sampler, drop_last=last_of_one),
-                   *(loader(p, batch_size=max(256, batch_size)) for p in (s.valid, s.test)), sampler)
+                   *(loader(p, batch_size=256) for p in (s.valid, s.test)), sampler)
+
+def make_sampler(part, seed:int=0, shuffle:str='all')->Shuffle:
+    "The order of a training split"
+    if shuffle not in ('all', 'shards'): raise unknown('shuffle', shuffle, ['all', 'shards'])
+    if shuffle == 'all': return Shuffle(len(part), seed)
+    while not hasattr(part, 'shards') and hasattr(part, 'part'): part = part.part       # a view of another split
+    if not hasattr(part, 'shards'): raise InputError("shuffle='shards': this dataset is in memory and has no shards; use shuffle='all'.")
+    return ShardShuffle(part.shards, seed)
 
 def nbytes(x)->int:
     "Bytes of a batch, a tensor or a dict of them"
@@ -193,22 +230,30 @@ class Learner(Loop):
         self.cbs = sorted([*cbs, *method.edits], key=lambda c: c.order)
         self.history, self.row = [], {}
 
-    def average(self, x): return x                      # over processes, when there are several
-
-    def one_turn(self):
+    def backward(self):
         self.z    = self.net.features(self.turn)
         self.loss = self.method.loss(self)
-        self.loss.backward();  self.cb('after_backward')
+        self.loss.backward()
+
+    def one_turn(self):
+        self.backward();       self.cb('after_backward')
         self.opt.step();       self.cb('after_step')
         self.opt.zero_grad()                            # gradients become None: idle encoders stay put
 
     def one_batch(self):
-        for self.turn in self.method.turns(self.batch): self.one_turn()
+        for self.turn in self.turns(): self.one_turn()
         self.cb('after_batch')
+
+    # what several processes have to do together (6.8); alone it is simple
+    def turns(self): return self.method.turns(self.batch)
+    def size(self)->int: return len(self.turn)                          # rows that take this turn
+    def mean(self, x): return x.mean(0)                                 # over these rows
+    def everyone(self, logits:dict): return logits, self.turn           # answers and labels of these rows
+    def predictions(self, dl)->'Pred': return predictions(self.net, self.method, dl)
 
     def validate(self)->'Pred':
         "Predictions on validation; a rule that has something to learn (a `fit`) learns it here"
-        p = predictions(self.net, self.method, self.dls.valid)
+        p = self.predictions(self.dls.valid)
         if not hasattr(self.rule, 'fit'): return p
         self.method.rule = self.rule.fit(p)
         weights = self.method.rule(p.logits, p.present)
@@ -291,7 +336,8 @@ def predictions(
     dl,             # batches
 )->Pred:            # of all of them, on the CPU
     "Predict a whole split"
-    return Pred.cat([predict(net, method, b) for b in dl]).cpu()
+    with torch.inference_mode(): found = [predict(net, method, b) for b in dl]
+    return Pred.cat(found).cpu()
 
 # %% ../nbs/06_learner.ipynb #25e24fd9
 class Diverged(InputError):
@@ -338,7 +384,7 @@ class Recorder(Callback):
             if grads: self.grad.setdefault(m, []).append(torch.stack(torch._foreach_norm(grads)).norm())
 
     def after_step(self, learn):
-        self.loss.setdefault('+'.join(learn.turn.x), []).append((learn.loss.detach(), len(learn.turn)))
+        self.loss.setdefault('+'.join(learn.turn.x), []).append((learn.loss.detach(), learn.size()))
 
     def after_epoch(self, learn):
         seconds, p = time.perf_counter() - self.start, learn.validate()
@@ -412,35 +458,293 @@ class StopOnNaN(Callback):
 
 # %% ../nbs/06_learner.ipynb #127b4d8a
 class Accelerate(Callback):
-    "Device, mixed precision ('no' or 'bf16') and processes, by Hugging Face Accelerate"
+    "Device, precision, layout and processes, by Hugging Face Accelerate"
     order = -10
-    def __init__(self, device:str='auto', precision:str='no'): self.device, self.precision = device, precision
+    def __init__(self,
+        device:str='auto',          # or 'cpu'
+        precision:str='no',         # or 'bf16', for the encoders
+        channels_last:bool=False,   # memory layout of pictures and filters
+        compiled:bool=False,        # torch.compile, where it works
+        tf32:bool=False,            # faster matrix products on a GPU
+        piece:int=0,                # rows that are encoded at once; 0: the whole turn
+    ):
+        self.device, self.precision, self.channels_last, self.compiled, self.tf32, self.piece = device, precision, channels_last, compiled, tf32, piece
+        self.team = None
 
     def before_fit(self, learn):
-        from accelerate import Accelerator, DataLoaderConfiguration
-        self.acc = Accelerator(cpu=self.device == 'cpu', mixed_precision='no', dataloader_config=DataLoaderConfiguration(even_batches=True))
-        learn.net.to(self.acc.device)
+        from accelerate import Accelerator
+        self.acc = Accelerator(cpu=self.device == 'cpu', mixed_precision='no')
+        device = self.acc.device
+        learn.net.to(device, **dict(memory_format=torch.channels_last) if self.channels_last else {})
         learn.opt.load_state_dict(learn.opt.state_dict())       # its state follows the parameters
+        if self.tf32: torch.set_float32_matmul_precision('high')
+        if self.compiled: compile_encoders(learn.net, device)
         if self.precision == 'bf16':
-            encode = torch.autocast(self.acc.device.type, torch.bfloat16)(learn.net.features)
+            encode = torch.autocast(device.type, torch.bfloat16)(learn.net.features)
             learn.net.features = lambda b: {m: z.float() for m, z in encode(b).items()}     # the head stays exact
-        share = self.acc.prepare_data_loader
-        learn.dls = replace(learn.dls, train=share(learn.dls.train), **{k: _OnDevice(getattr(learn.dls, k), self.acc.device) for k in ('valid', 'test')})
-        learn.average = self.average
+        if self.acc.num_processes > 1: self.team = Team(learn, device).join(learn)
+        if self.piece or self.team: learn.backward = partial(backward_in_pieces, learn, self.piece)
+        train = Shared(learn.dls, self.team) if self.team else OnDevice(learn.dls.train, device)
+        learn.dls = replace(learn.dls, train=train, **{k: OnDevice(getattr(learn.dls, k), device) for k in ('valid', 'test')})
 
-    def average(self, x): return self.acc.reduce(x, 'mean') if self.acc.num_processes > 1 else x
+    def after_backward(self, learn): self.team and self.team.reduce(learn)
+    def after_epoch(self, learn): self.team and self.team.share_buffers(learn.net)
+    def after_fit(self, learn): self.team and self.team.leave(learn)
 
-    def after_backward(self, learn):
-        if self.acc.num_processes == 1: return
-        params = [p for p in learn.net.parameters() if p.grad is not None]
-        flat = self.average(torch.cat([p.grad.flatten() for p in params]))
-        for p, g in zip(params, flat.split([p.numel() for p in params])): p.grad.copy_(g.view_as(p))
-
-class _OnDevice:
-    "A loader whose batches are moved; every process sees all of them"
+# %% ../nbs/06_learner.ipynb #d8febaeb
+class OnDevice:
+    "A loader whose batches are moved; on a GPU, the next one while this one is used"
+    vary = staticmethod(lambda b: b)        # what `Augment` puts here happens before
     def __init__(self, dl, device): self.dl, self.device = dl, device
     def __len__(self): return len(self.dl)
-    def __iter__(self): return (b.to(self.device) for b in self.dl)
+    def __iter__(self): return (self.vary(b).to(self.device) for b in self.dl) if self.device.type != 'cuda' else self.ahead()
+
+    def ahead(self):
+        side, ready = torch.cuda.Stream(self.device), []
+        for b in self.dl:
+            with torch.cuda.stream(side): ready.append((self.vary(b).to(self.device), side.record_event()))
+            if len(ready) > 1: yield self.handed(*ready.pop(0))
+        for r in ready: yield self.handed(*r)
+
+    def handed(self, b, copied):
+        "Once it is copied; its memory is in use until the stream that computes is done with it"
+        main = torch.cuda.current_stream(self.device)
+        main.wait_event(copied)
+        for v in tensors([b.x, b.y, b.idx]): v.record_stream(main)
+        return b
+
+def tensors(x):
+    "All tensors in a nest of lists and dicts"
+    if isinstance(x, torch.Tensor): yield x
+    else:
+        for v in x.values() if isinstance(x, dict) else x: yield from tensors(v)
+
+# %% ../nbs/06_learner.ipynb #35f941a8
+def compile_encoders(
+    net:Net,
+    device,     # where it is
+)->bool:        # did it work?
+    "`torch.compile` for every encoder, if this machine can do it"
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))        # is there a compiler?
+        torch._dynamo.config.suppress_errors = True                                 # what it cannot compile runs as it is
+        for e in net.encs.values(): e.compile()
+    except Exception as e:
+        print(f"compiled=True: torch.compile does not work here ({type(e).__name__}); training goes on without it.")
+        return False
+    return True
+
+# %% ../nbs/06_learner.ipynb #8cd03749
+class Augment(Callback):
+    "Vary the training pictures: 'crop' shifts them, 'flip' mirrors them"
+    order, kinds = -9, ('', 'crop', 'flip', 'crop,flip')
+    def __init__(self, what:str='crop,flip'):
+        if what not in self.kinds: raise unknown('augment', what, self.kinds)
+        self.what = what
+
+    def before_fit(self, learn):
+        self.learn, self.preps = learn, {m: e.prep for m, e in learn.net.encs.items() if hasattr(getattr(e, 'prep', None), 'vary')}
+        if not self.preps: raise InputError(f"augment={self.what!r}: only pictures can be varied, and there are none among {', '.join(learn.net.encs)}; leave it out.")
+        train = learn.dls.train
+        if not hasattr(train, 'vary'): train = OnDevice(train, next(learn.net.parameters()).device)
+        train.vary = self
+        learn.dls = replace(learn.dls, train=train)
+
+    def __call__(self, b:Batch)->Batch:
+        seeds = [((self.learn.seed * 1_000_003 + self.learn.epoch) * 2**24 + i) % 2**63 for i in b.idx.tolist()]
+        return replace(b, x={m: self.varied(m, x, seeds) if m in self.preps and len(b) else x for m, x in b.x.items()})
+
+    def varied(self, m, x, seeds): return torch.stack([self.preps[m].vary(v, s, self.what) for v, s in zip(x, seeds)])
+
+# %% ../nbs/06_learner.ipynb #8517fc20
+def filled(learn, z, turn)->dict:
+    "Features of every modality of a turn, without their history; zeros where nobody here has any"
+    width = lambda m: learn.net.head.width or learn.net.encs[m].num_features
+    return {m: z[m].detach() if m in z else torch.zeros(len(turn), width(m), device=turn.y.device) for m in turn.x if m in learn.net.encs}
+
+def join(zs:list)->dict: return zs[0] if len(zs) == 1 else {m: torch.cat([z[m] for z in zs]) for m in zs[0]}
+
+# %% ../nbs/06_learner.ipynb #2743cc71
+def backward_in_pieces(
+    learn,
+    rows:int=0,     # encoded at once; 0: all
+):
+    "The gradients of a turn, some rows at a time; `learn.z` is then that of the whole turn"
+    t, n = learn.turn, learn.size()
+    parts = [t.take(r) for r in torch.arange(len(t)).split(rows)] if rows and len(t) > rows else [t] if len(t) else []
+    if getattr(learn.method.loss, 'whole', False): return _backward_whole(learn, t, parts)
+    zs, loss = [], torch.zeros((), device=t.y.device)
+    for learn.turn in parts:
+        learn.z = learn.net.features(learn.turn)
+        own = learn.method.loss(learn) * (len(learn.turn) / n)
+        own.backward()
+        zs.append(filled(learn, learn.z, learn.turn)); loss += own.detach()
+    learn.turn, learn.z, learn.loss = t, join(zs) if zs else filled(learn, {}, t), loss
+
+# %% ../nbs/06_learner.ipynb #1f2c2d7c
+def _backward_whole(learn, t, parts):
+    "The same for a loss that compares rows: features first, then the loss, then the encoders again"
+    several = len(parts) > 1
+    with torch.random.fork_rng(enabled=several), torch.set_grad_enabled(not several): zs = [learn.net.features(p) for p in parts]
+    blank = lambda z, p: {**filled(learn, {}, p), **z}
+    learn.z = join([blank(z, p) for z, p in zip(zs, parts)]) if parts else filled(learn, {}, t)
+    if several: learn.z = {m: z.requires_grad_() for m, z in learn.z.items()}
+    learn.loss = learn.method.loss(learn)
+    learn.loss.backward()
+    for p, r in zip(parts, torch.arange(len(t)).split(len(parts[0])) if several else ()):
+        z = learn.net.features(p)
+        torch.autograd.backward(list(z.values()), [take(learn.z[m].grad, r) for m in z])
+    learn.loss = learn.loss.detach()
+
+# %% ../nbs/06_learner.ipynb #aa5bc8ea
+class Agreement:
+    "What several processes that train one net have to agree upon, batch by batch"
+    def __init__(self, learn, device):
+        import torch.distributed as dist
+        self.dist, self.rank, self.n, self.device = dist, dist.get_rank(), dist.get_world_size(), device
+        self.cpu, self.turn = dist.new_group(backend='gloo'), None      # flags are exchanged without waking the GPU
+        self.params, self.kept = [p for p in learn.net.parameters() if p.requires_grad], {}
+        with torch.no_grad():
+            for v in learn.net.state_dict().values(): dist.broadcast(v, 0)
+
+    def gather(self, x)->list:
+        "Any small thing, from everybody"
+        out = [None] * self.n
+        self.dist.all_gather_object(out, x, group=self.cpu)
+        return out
+
+    def alike(self, learn, own=0):
+        "Set the generator as everybody does; `own`: differently for each process"
+        torch.manual_seed((learn.seed * 1_000_003 + learn.epoch * 7919 + learn.step) * 1024 + own)
+
+    def turns(self, learn):
+        "The turns of the whole batch, and of each the rows that are ours"
+        b, (whole, ends) = learn.batch, learn.batch.whole
+        self.alike(learn)
+        for self.turn in list(learn.method.turns(whole)):
+            rows = next(iter(self.turn.x.values()))                         # numbers of rows in the whole batch
+            owner = torch.bucketize(rows, ends, right=True)
+            self.counts, mine = torch.bincount(owner, minlength=self.n).tolist(), rows[owner == self.rank] - (ends[self.rank] - len(b))
+            t = Batch({m: b.x.get(m, b.y) for m in self.turn.x}, b.y, {m: b.present[m] for m in self.turn.x}, b.idx)
+            self.alike(learn, 1 + self.rank)
+            yield t if len(mine) == len(b) else t.take(mine)
+
+# %% ../nbs/06_learner.ipynb #cc489bc7
+class Answers(Agreement):
+    "What edits, losses and the recorder ask about a turn, answered by all processes together"
+    def size(self, learn): return sum(self.counts)
+
+    def mean(self, learn, x):
+        "Over the rows of everybody"
+        total = torch.cat([x.sum(0).reshape(-1), torch.full((1,), len(x), dtype=x.dtype, device=x.device)])
+        self.dist.all_reduce(total)
+        return (total[:-1] / total[-1].clamp(min=1)).view(x.shape[1:])
+
+    def everyone(self, learn, logits):
+        "Everybody's answers in the order of the whole batch, of which only ours have a gradient, and the labels"
+        t = self.turn
+        return {m: self.rows(l) for m, l in logits.items()}, Batch({}, to(t.y, self.device), t.present, to(t.idx, self.device))
+
+    def rows(self, x):
+        mine = x.new_zeros(max(self.counts), *x.shape[1:])
+        mine[:len(x)] = x.detach()
+        out = [torch.empty_like(mine) for _ in self.counts]
+        self.dist.all_gather(out, mine)
+        return torch.cat([x if r == self.rank else o[:k] for r, (o, k) in enumerate(zip(out, self.counts))])
+
+    def predictions(self, learn, dl):
+        "Each process predicts a part of the split, and all have all of it"
+        own = part_of(dl.dl, self)
+        found = self.gather(predictions(learn.net, learn.method, OnDevice(own, self.device)) if len(own) else None)
+        return Pred.cat([p for p in found if p is not None])
+
+# %% ../nbs/06_learner.ipynb #4ec90600
+def buckets(params:list, size:int=2**23)->list:
+    "Lists of parameters with about `size` numbers each"
+    out, n = [[]], 0
+    for p in params:
+        if n + p.numel() > size and out[-1]: out.append([]); n = 0
+        out[-1].append(p); n += p.numel()
+    return out
+
+# %% ../nbs/06_learner.ipynb #6b0c954d
+class Team(Answers):
+    "Several processes that train one net"
+    together = 'turns', 'size', 'mean', 'everyone', 'predictions'           # of the learner
+
+    def join(self, learn):
+        for name in self.together: setattr(learn, name, partial(getattr(self, name), learn))
+        return self
+
+    def leave(self, learn):
+        "What follows is done by one process alone"
+        for name in (*self.together, 'backward'): vars(learn).pop(name, None)
+
+    def reduce(self, learn):
+        "Add everybody's gradients and losses; parameters that nobody has a gradient for are left alone"
+        has = tensor([p.grad is not None for p in self.params], dtype=torch.uint8)
+        self.dist.all_reduce(has, self.dist.ReduceOp.MAX, group=self.cpu)
+        used = [p for p, h in zip(self.params, has.tolist()) if h]
+        for p in used: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        same = getattr(learn.method.loss, 'whole', False)                   # then everybody has computed the same loss
+        flat = [torch.cat([p.grad.reshape(-1) for p in some]) for some in buckets(used)] + [learn.loss.reshape(1) / (self.n if same else 1)]
+        for work in [self.dist.all_reduce(f, async_op=True) for f in flat]: work.wait()
+        for some, f in zip(buckets(used), flat):
+            for p, g in zip(some, f.split([p.numel() for p in some])): p.grad.copy_(g.view_as(p))
+        learn.loss = flat[-1][0]
+        self.alike(learn)                                                   # what edits draw is the same for all
+
+    def share_buffers(self, net):
+        "Running statistics become everybody's mean"
+        for b in net.buffers():
+            if b.is_floating_point(): self.dist.all_reduce(b); b /= self.n
+
+# %% ../nbs/06_learner.ipynb #d3415d7f
+def again(dl, batches)->DataLoader:
+    "The same loader with other batches (lists of rows)"
+    return DataLoader(dl.dataset, batch_sampler=batches, collate_fn=dl.collate_fn, num_workers=dl.num_workers, pin_memory=dl.pin_memory, persistent_workers=dl.num_workers > 0)
+
+def part_of(dl, team):
+    "This process's part of a split: rows that follow each other"
+    mine = torch.arange(len(dl.dataset if isinstance(dl, DataLoader) else dl)).tensor_split(team.n)[team.rank]
+    if not isinstance(dl, DataLoader): return [dl[i] for i in mine]
+    if id(dl) not in team.kept: team.kept[id(dl)] = again(dl, [r.tolist() for r in mine.split(dl.batch_size)] if len(mine) else [])
+    return team.kept[id(dl)]
+
+class Share(Sampler):
+    "The batches of one process; ask for them after the epoch is set"
+    def __init__(self, sampler, size, team): self.sampler, self.size, self.team, self.steps = sampler, size, team, {}
+    def streams(self): return self.sampler.streams(self.team.n, self.size)
+    def __len__(self):
+        e = self.sampler.epoch
+        if e not in self.steps: self.steps = {e: max(-(-len(s) // self.size) for s in self.streams())}      # asked for in every step
+        return self.steps[e]
+    def __iter__(self): return (r.tolist() for r in self.streams()[self.team.rank].split(self.size) if len(r))
+
+# %% ../nbs/06_learner.ipynb #b5d23549
+class Shared:
+    "The training batches of one process; each knows what the whole batch is"
+    vary = staticmethod(lambda b: b)
+    def __init__(self, dls, team):
+        self.team, dl = team, dls.train
+        if not isinstance(dl, DataLoader): self.dl = [b.take(torch.arange(len(b)).tensor_split(team.n)[team.rank]) for b in dl]; return
+        if dls.sampler.n < team.n: raise InputError(f"{team.n} processes, but only {dls.sampler.n} training samples; use fewer processes.")
+        self.dl = again(dl, Share(dls.sampler, dl.batch_size, team))
+
+    def __len__(self): return len(self.dl)
+
+    def __iter__(self):
+        k = 0
+        for k, b in enumerate(self.dl, 1): yield self.moved(b)
+        for _ in range(len(self) - k): yield self.moved(b.take(torch.zeros(0, dtype=torch.long)))      # others have rows left
+
+    def moved(self, b):
+        every = self.team.gather((b.y, b.idx, b.present))
+        y, idx = (torch.cat([e[k] for e in every]) for k in (0, 1))
+        present, rows = {m: torch.cat([e[2][m] for e in every]) for m in b.present}, torch.arange(len(y))
+        out = self.vary(b).to(self.team.device)
+        out.whole = Batch({m: rows for m, p in present.items() if p.any()}, y, present, idx), tensor([len(e[0]) for e in every]).cumsum(0)
+        return out
 
 # %% ../nbs/06_learner.ipynb #0e5e779c
 def plot_learning(

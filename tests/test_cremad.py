@@ -59,7 +59,7 @@ def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine):
     before = {p: p.stat().st_mtime_ns for p in (mine.parent / "data").rglob("*")}
     assert "already prepared: 120" in cli("--root", mine, "--audio", "log_mel", "--seconds", 1.5, "--size", 24)
     assert before == {p: p.stat().st_mtime_ns for p in (mine.parent / "data").rglob("*")}
-    assert "prepared differently (options was" in cli("--root", mine, "--audio", "fbank", ok=False)
+    assert "prepared differently (options." in cli("--root", mine, "--audio", "fbank", ok=False)
     check_dataset(datasets["cremad"]())
     r = run(Run(dataset="cremad", encoder="small", epochs=1, batch_size=32, lr=.05, progress=False, threads=1))
     assert set(r["test"]["accuracy"]) == {"fused", "audio", "video"} and r["run"]["lr"] == .05

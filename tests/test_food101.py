@@ -63,7 +63,7 @@ def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine):
     before = {p: p.stat().st_mtime_ns for p in (mine.parent / "data").rglob("*")}
     assert "already prepared: 240" in cli("--root", mine, "--size", 24)
     assert before == {p: p.stat().st_mtime_ns for p in (mine.parent / "data").rglob("*")}
-    assert "prepared differently (options was" in cli("--root", mine, "--size", 32, ok=False)
+    assert "prepared differently (options." in cli("--root", mine, "--size", 32, ok=False)
     check_dataset(datasets["food101"]())
     found = run(Run(dataset="food101", encoder="small", epochs=1, batch_size=32, lr=.1, progress=False))
     assert set(found["test"]["accuracy"]) == {"image", "text", "fused"}

@@ -137,7 +137,7 @@ def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine):
     before = {p: p.stat().st_mtime_ns for p in (mine.parent / "data").rglob("*")}
     assert "already prepared" in cli(*args)
     assert before == {p: p.stat().st_mtime_ns for p in (mine.parent / "data").rglob("*")}
-    assert "prepared differently (options was" in cli(*args, "--faces", "whole", ok=False)
+    assert "prepared differently (options." in cli(*args, "--faces", "whole", ok=False)
     s = datasets["iemocap"]()
     check_dataset(s)
     assert s.info["faces"] == "speaker" and list(s.modalities) == ["audio", "video", "text"]

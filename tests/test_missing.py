@@ -1,6 +1,5 @@
 """Missing modalities: the masks, the splits that lost items, and every method trained with half of its inputs gone."""
 import json
-import os
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -322,7 +321,6 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(flags, says, tmp_path, m
     assert not any(tmp_path.iterdir())
 
 
-def test_plans_and_several_processes(tmp_path):
+def test_plans(tmp_path):
     with pytest.raises(InputError, match="unknown modality 'smell'"): plan(f"synthetic({SIZES})", "concat", "0:2", missing="smell=.5")
-    with patch.dict(os.environ, WORLD_SIZE="2"), pytest.raises(InputError, match="start it without torchrun"): run(Run(**TINY, missing=.5), root=tmp_path)
     assert not any(tmp_path.iterdir())

@@ -83,7 +83,7 @@ def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine):
     before = {p: p.stat().st_mtime_ns for p in (mine.parent / "data").rglob("*")}
     assert f"already prepared: {n}" in cli("--root", mine, "--size", 24)
     assert before == {p: p.stat().st_mtime_ns for p in (mine.parent / "data").rglob("*")}
-    assert "prepared differently (source was" in cli("--root", mine, "--size", 24, "--labels", "resolve", ok=False)
+    assert "prepared differently (" in cli("--root", mine, "--size", 24, "--labels", "resolve", ok=False)
     assert "ready: data/mvsa-resolve" in cli("--root", mine, "--size", 24, "--labels", "resolve", "--variant", "resolve")
     s = datasets["mvsa"](variant="resolve")
     check_dataset(s)

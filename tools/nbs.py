@@ -2,6 +2,8 @@
 
     nbs.py run 10 [11 …]      execute chapters in place and store them clean
     nbs.py readme [--check]   write README.md from nbs/index.ipynb, or say whether it is up to date
+    nbs.py publish URL        name the public repository: in settings.ini, and in every chapter badges that open it in Colab or Binder
+                              with a cell that installs the package there
 """
 import re, subprocess, sys, time
 from pathlib import Path
@@ -76,9 +78,43 @@ def readme(check):
         (ROOT / n).write_bytes(b)
 
 
+BADGES = re.compile(r"\n\n\[!\[Open in Colab\].*?(?=\n\n|\Z)", re.S)
+INSTALL = '''#| hide
+#| eval: false
+# in Colab, or wherever the package is not there yet
+from importlib.util import find_spec
+if not find_spec('mla_nb'):
+    %pip install -q "fastcore<2" "git+{url}@{branch}"'''
+
+
+def badges(path, repo, branch):
+    "Two pictures that open a chapter elsewhere"
+    place = path.relative_to(ROOT)
+    return (f"\n\n[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{repo}/blob/{branch}/{place}) "
+            f"[![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/{repo}/{branch}?labpath={place})")
+
+
+def publish(url):
+    "Once for a repository; doing it again, or with another address, replaces what is there"
+    found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", url)
+    if not found: sys.exit(f"{url!r} is not the address of a repository that Colab can open; expected https://github.com/NAME/REPOSITORY")
+    ini = (ROOT / "settings.ini").read_text()
+    url, branch = f"https://github.com/{found[1]}", re.search(r"^branch *= *(\S+)", ini, re.M)[1]
+    (ROOT / "settings.ini").write_text(re.sub(r"^(git_url *= *).*", rf"\g<1>{url}", ini, flags=re.M))
+    for path in sorted((ROOT / "nbs").rglob("[0-9]*.ipynb")):
+        nb = nbformat.read(path, 4)
+        title, _, rest = BADGES.sub("", nb.cells[0].source).partition("\n")
+        nb.cells[0].source = title + badges(path, found[1], branch) + "\n" + rest
+        nb.cells = [c for c in nb.cells if not ("%pip install" in c.source and "find_spec('mla_nb')" in c.source)]
+        nb.cells.insert(1, nbformat.v4.new_code_cell(INSTALL.format(url=url, branch=branch), id="install"))
+        nbformat.write(nb, path)
+    clean()
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["run", *names] if names: run(names)
+        case ["publish", url]: publish(url)
         case ["readme"]: readme(False)
         case ["readme", "--check"]: readme(True)
         case _: sys.exit(__doc__)

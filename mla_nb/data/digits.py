@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAME', 'URL', 'CONTENT', 'read_archive', 'read_root', 'parse_names', 'miniature', 'content_sha', 'download',
-           'split_rows', 'image_pools', 'noisy', 'spoil', 'read_row', 'digits_options', 'digits_folder', 'pair',
-           'prepare_digits', 'digits']
+           'split_rows', 'enlarge', 'image_pools', 'noisy', 'spoil', 'level', 'read_row', 'digits_options',
+           'digits_folder', 'pair', 'prepare_digits', 'digit_item', 'digits']
 
 # %% ../../nbs/data/20_digits.ipynb #0ead73e0
 import hashlib, io, re, zipfile, zlib
@@ -135,6 +135,12 @@ def split_rows(
     return {name: [r for r in rows if part(r) == name] for name in ('train', 'valid', 'test')}
 
 # %% ../../nbs/data/20_digits.ipynb #9d6068dd
+def enlarge(
+    pictures,           # (N,8,8) grey, 0 to 255
+):                      # (N,16,16) uint8
+    "Small pictures, twice as large"
+    return F.interpolate(torch.as_tensor(pictures, dtype=torch.double)[:, None], scale_factor=2, mode='bilinear')[:, 0].round().byte().numpy()
+
 def image_pools(
     seed:int=0,
     shares=dict(train=.6, valid=.2, test=.2),
@@ -142,7 +148,7 @@ def image_pools(
     "Handwritten digits, twice as large, in pools that no two splits share"
     from sklearn.datasets import load_digits
     data, rng = load_digits(), np.random.default_rng(seed)
-    big = F.interpolate(torch.tensor(data.images[:, None] * 255 / 16), scale_factor=2, mode='bilinear')[:, 0].round().byte().numpy()
+    big = enlarge(data.images * 255 / 16)
     pools = {s: {} for s in shares}
     for d in range(10):
         mine = rng.permutation(np.flatnonzero(data.target == d))
@@ -174,14 +180,20 @@ def spoil(
     return (255 * (x + noise * rng.standard_normal(x.shape)).clip(0, 1)).astype('u1')
 
 # %% ../../nbs/data/20_digits.ipynb #7ffef8a1
+def level(
+    wave,           # (T,) waveform at 8 kHz
+):
+    "Its first second, all speakers equally loud"
+    wave = wave[:8000]
+    return .1 * wave / wave.square().mean().sqrt().clamp(min=1e-6)
+
 def read_row(
     source:dict,    # name, digit, recording (bytes), image, and the options
 )->dict:
     "One paired sample"
     o, name = source['options'], source['name']
     rng = np.random.default_rng([o['pairing'], *name.encode()])
-    wave = decode_wave(source['recording'], 8000, name)[0][:8000]
-    wave = .1 * wave / wave.square().mean().sqrt().clamp(min=1e-6)          # all speakers equally loud
+    wave = level(decode_wave(source['recording'], 8000, name)[0])
     if o['snr'] is not None: wave = noisy(wave, o['snr'], rng)
     wave = F.pad(wave, (0, 8000 - len(wave)))
     image = spoil(source['image'], o['image_noise'], o['occlusion'], rng)
@@ -241,6 +253,29 @@ def prepare_digits(
                 image=Modality('visual', 'image', dict(size=16)))
     return prepare(out or Path(data)/digits_folder(o), 'digits', list('0123456789'), mods, pair(recordings, o), read_row, source, o, force=force, progress=progress)
 
+# %% ../../nbs/data/20_digits.ipynb #94fffc21
+def digit_item(
+    m:str, source,  # 'audio' or 'image'; a path, a (T,) waveform at 8 kHz, or (3,H,W) uint8 pixels
+    o:dict, mod:Modality, key:str='',   # options of the variant, what the items are, id
+):
+    "One item of a new sample, equal to what the prepared dataset would hold"
+    if isinstance(source, dict): raise InputError(f"digits: {', '.join(source)} cannot be given for {m}; give a path or an array.")
+    if m == 'audio':
+        wave = level(source if isinstance(source, torch.Tensor) else load_wave(source, 8000)[0])
+        return unpack(pack(log_mel(F.pad(wave, (0, 8000 - len(wave)))[None], 8000)[0].numpy(), mod), mod)
+    if not isinstance(source, torch.Tensor):
+        if not Path(source).is_file(): raise InputError(f"{source}: there is no such image; check the path.")
+        source = decode_image(Path(source).read_bytes(), str(source))
+    return _sixteen(source)
+
+def _sixteen(x):
+    "(3,H,W) uint8 of any size -> grey (3,16,16)"
+    from PIL import Image
+    grey = Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()).convert('L')
+    if grey.size == (16, 16): return torch.from_numpy(np.array(grey)).expand(3, 16, 16)
+    small = np.array(grey.resize((8, 8), Image.Resampling.BOX))
+    return torch.from_numpy(enlarge(small[None])[0]).expand(3, 16, 16)
+
 # %% ../../nbs/data/20_digits.ipynb #53d42725
 @datasets
 def digits(
@@ -253,3 +288,4 @@ def digits(
     return load_prepared(Path(data)/digits_folder(o), f"python data_scripts/prepare_digits.py {flags} --archive FILE.zip (or --download)".replace('  ', ' '))
 
 digits.folder = lambda data='data', **options: Path(data)/digits_folder(digits_options(**options))      # so that a run can tell one version from another
+digits.reader = digit_item                                                                              # and reads new files alike

@@ -156,7 +156,7 @@ def own(data:str='data', variant:str='')->Splits:
     if not variant: raise InputError(f"own: which data? Name it with dataset_args variant=NAME ({listed}).")
     return load_prepared(media_folder('own', data, variant), f"python data_scripts/prepare_own.py --table FILE --name {variant} ({listed})")
 
-own.folder = lambda data='data', variant='': media_folder('own', data, variant)
+own.folder, own.reader = lambda data='data', variant='': media_folder('own', data, variant), media_item
 datasets(own);
 
 # %% ../../nbs/data/25_own.ipynb #5c541f93

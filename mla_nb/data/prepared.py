@@ -27,17 +27,17 @@ def columns(
 ):                      # datasets.Features
     "The columns of a prepared dataset"
     import datasets as hf
-    kinds = dict(features=hf.Value('binary'), image=hf.Value('binary'), frames=hf.List(hf.Value('binary')), text=hf.Value('string'))
+    kinds = dict(features=hf.Value('binary'), vector=hf.Value('binary'), image=hf.Value('binary'), frames=hf.List(hf.Value('binary')), text=hf.Value('string'))
     return hf.Features(id=hf.Value('string'), y=hf.ClassLabel(names=list(classes)), **{m: kinds[mod.form] for m, mod in modalities.items()})
 
 def pack(item, mod:Modality):
     "A raw item as it is stored: arrays become float16 bytes, everything else stays"
-    return np.asarray(item, dtype='f2').tobytes() if mod.form == 'features' and item is not None else item
+    return np.asarray(item, dtype='f2').tobytes() if mod.form in ('features', 'vector') and item is not None else item
 
 def unpack(item, mod:Modality, name:str=''):
     "A stored item as a raw item again"
     if item is None or mod.form == 'text': return item
-    if mod.form == 'features': return torch.from_numpy(np.frombuffer(item, 'f2').astype('f4')).view(*mod.info['shape'])
+    if mod.form in ('features', 'vector'): return torch.from_numpy(np.frombuffer(item, 'f2').astype('f4')).view(*mod.info['shape'])
     if mod.form == 'image': return decode_image(item, name)
     return torch.stack([decode_image(item[k], name) for k in evenly(len(item), mod.info.get('use', len(item)))])
 
@@ -125,7 +125,7 @@ def estimate(
         packed = [pack(r.get(m), mod) for m, mod in modalities.items()]
         sizes += [sum(sum(map(len, v)) if isinstance(v, list) else len(v) for v in packed if v is not None)]
     if not sizes: return None                                           # what is wrong with them comes to light soon
-    need = dict(bytes=len(sources) * sum(sizes) / len(sizes), seconds=(time.perf_counter() - t) / len(sizes) * len(sources) / max(1, workers))
+    need = dict(bytes=len(sources) * sum(sizes) / len(sizes), seconds=(time.perf_counter() - t) / len(sizes) * len(sources) / max(1, workers) / getattr(read, 'at_once', 1))
     there = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
     free = shutil.disk_usage(there).free
     print(f"{len(sources):,} samples: about {need['bytes']/2**20:,.0f} MB and {need['seconds']/60:.1f} minutes")
@@ -173,7 +173,8 @@ def _already(out, plan):
     old = read_json(out/'dataset.json', ['counts', 'shards'], 'replace the dataset with --force')
     differs = [k for k in plan if old.get(k) != plan[k]]
     if differs:
-        detail = '; '.join(f"{k} was {old.get(k)}, now {plan[k]}" for k in differs if k in ('options', 'source')) or ', '.join(differs)
+        parts = [(f'{k}.{n}', was.get(n), now.get(n)) for k in differs if k in ('options', 'source') for was, now in [(old.get(k) or {}, plan[k])] for n in {**was, **now}]
+        detail = '; '.join(f"{n} was {was!r}, now {now!r}" for n, was, now in parts if was != now and n != 'source.sha256') or ('other samples or labels' if differs == ['source'] else ', '.join(differs))
         raise InputError(f"{out} was prepared differently ({detail}); choose another folder with --out, or replace it with --force.")
     verify(out)
     print(f"{out} is already prepared: {sum(c['total'] for c in old['counts'].values())} samples")
@@ -242,7 +243,7 @@ class Prepared(Dataset):
         import datasets as hf
         parts = [hf.Dataset.from_file(str(f)) for f in files]
         self.ds, self.modalities = hf.concatenate_datasets(parts) if len(parts) > 1 else parts[0], modalities
-        self.y, self.ids = torch.tensor(self.ds['y'][:]), self.ds['id'][:]
+        self.y, self.ids, self.shards = torch.tensor(self.ds['y'][:]), self.ds['id'][:], [len(p) for p in parts]
 
     def __len__(self): return len(self.y)
     def __getitem__(self, i:int)->dict: return self.__getitems__([i])[0]

@@ -44,6 +44,16 @@ class Pixels:
         mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         return x.sub_(mean.to(x)).div_(std.to(x))
 
+    def vary(self, x, seed:int, what:str='crop,flip'):
+        "One picture or clip, shifted by at most an eighth, mirrored half of the time; all frames of a clip alike"
+        from torchvision.transforms import v2
+        side, steps = min(x.shape[-2:]), []
+        if 'crop' in what: steps.append(v2.RandomCrop(x.shape[-2:], padding=max(1, side // 8), padding_mode='edge'))
+        if 'flip' in what: steps.append(v2.RandomHorizontalFlip())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return v2.Compose(steps)(x)
+
     def __call__(self, items): return self.finish(self.pack(items))
 
 # %% ../../nbs/03_visual.ipynb #944b1efd

@@ -28,9 +28,10 @@ def mla(
     when:str='project_first',   # or 'update_first'
     rescale:bool=False,         # projected gradient as long as the raw one (a control)
     head_step:float=1.,         # multiplies the head's gradient (a control); 0 freezes it
+    rank:int=0,                 # of the projection, for wide features; 0: the whole matrix
 )->Method:
     "Alternating turns, shared head, projected gradient, entropy fusion (arXiv 2311.10707)"
-    edits = [GradProjection(denominator, norm, when, rescale)] if projection else []
+    edits = [GradProjection(denominator, norm, when, rescale, rank=rank)] if projection else []
     if head_step != 1: edits.append(ScaleHead(head_step))
     return Method(SharedHead, alternating(order), edits=edits, rule=make_rule(rule))
 

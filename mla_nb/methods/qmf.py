@@ -38,6 +38,7 @@ class QMFLoss(Callback):
     ):
         if branch not in ('av', 'm3ae'): raise unknown('branch of QMF', branch, ['av', 'm3ae'])
         self.branch, self.history, self.later = branch, None, False      # later: after the first epoch
+    whole = True        # samples are compared with each other, so the loss needs all rows of a turn (6.8)
 
     def before_fit(self, learn):
         "One number per modality and training sample"
@@ -47,25 +48,26 @@ class QMFLoss(Callback):
         "Add this turn's losses to the history; returns those of the rows, scaled to 0…1 over all samples that have the modality"
         h = self.history[m] = self.history[m].to(ce.device, ce.dtype)
         h[rows] += ce
-        met = h[h > 0] if self.later else h             # who was never met by now never will be: it lacks the modality
-        low, high = (met.min(), met.max()) if len(met) else (0., h.max())
+        met = torch.where(h > 0, h, h.max()) if self.later else h       # who was never met by now never will be: it lacks the modality
+        low, high = met.min(), met.max()
         return (h[rows] - low) / (high - low).clamp(min=1e-12)
 
     def terms(self, logits, y, idx, present):
         "Per modality, over the rows that have it: cross-entropies (B,), ranking loss"
         ces, ranks = {}, {}
         for m, l in logits.items():
-            here = present[m].to(y.device)
-            ce = F.cross_entropy(l[here], y[here], reduction='none')
-            ces[m], ranks[m] = ce.mean(), rank_loss(confidence(l[here]), self.remember(m, idx[here], ce.detach()))
+            here = present[m].nonzero().squeeze(1)                      # on the CPU, as flags are: no GPU has to wait
+            l, rows = take(l, here), take(idx, here)
+            ce = F.cross_entropy(l, take(y, here), reduction='none')
+            ces[m], ranks[m] = ce.mean(), rank_loss(confidence(l), self.remember(m, rows, ce.detach()))
         return ces, ranks
 
     def __call__(self, learn):
-        t, self.later = learn.turn, learn.epoch > 0
-        logits = {m: learn.net.head({m: z}) for m, z in learn.z.items()}
+        self.later = learn.epoch > 0
+        logits, t = learn.everyone({m: learn.net.head({m: z}) for m, z in learn.z.items()})
         ces, ranks = self.terms(logits, t.y, t.idx, t.present)
         if self.branch == 'm3ae': return sum(ces.values()) + sum(ranks.values())
-        fused = sum(confidence(l).detach()[:, None] * l * t.present[m].to(l.device)[:, None] for m, l in logits.items())
+        fused = sum(confidence(l).detach()[:, None] * l * to(t.present[m], l.device)[:, None] for m, l in logits.items())
         return F.cross_entropy(fused, t.y) + sum(ces.values()) + .1 * sum(ranks.values())
 
     def state_dict(self): return {m: h.cpu() for m, h in (self.history or {}).items()}
