@@ -610,7 +610,7 @@ def mendable(
     for c in () if isinstance(e, InputError) else causes(e):
         text = str(c)
         if isinstance(c, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-            return InputError(f"out of memory with batch_size={cfg.batch_size}: try batch_size={half} (and accumulate two batches per step, if the batch as such matters), precision='bf16', or a smaller encoder.")
+            return InputError(f"out of memory with batch_size={cfg.batch_size}: try batch_size={half} accumulate={2 * cfg.accumulate}, which is the same training batch in smaller pieces; or precision='bf16', or a smaller encoder.")
         if getattr(c, 'errno', None) in FULL or 'os error 28' in text or 'inline_container' in text or 'PytorchStreamWriter' in text:
             return InputError(f"{cfg.folder} cannot be written: there is no space left; make room, or move the folder and name its new place with root; {again}.")
         if getattr(c, 'errno', None) in CLOSED: return InputError(f"{c.filename or cfg.folder} cannot be written: {c.strerror}; change its permissions, or choose another root; {again}.")

@@ -530,7 +530,7 @@ def test_samples_of_a_batch_that_is_no_number_are_written_down(whole, what):
 def test_on_a_gpu_one_look_finds_the_first_of_many(whole):
     learn = build(whole, make_dataset(whole))
     stop, turn = StopOnNaN(), next(iter(learn.dls.train))
-    stop.seen = [(tensor(v), 0, k, turn) for k, v in enumerate([1., 2., math.nan, math.inf, 3.])]
+    stop.seen = [(tensor(v), 0, k, list(turn.x), turn.idx) for k, v in enumerate([1., 2., math.nan, math.inf, 3.])]
     with pytest.raises(Diverged, match="the loss is nan in epoch 1, batch 3"): stop.look(learn)
     assert not stop.seen
 
