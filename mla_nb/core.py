@@ -362,6 +362,7 @@ def locked(
             with suppress(OSError): path.unlink()                           # the lock is what counts, not the file
             os.close(fd)
 
+# %% ../nbs/00_core.ipynb #b0dca91b
 def _lock(path, what):
     "A descriptor that holds the lock; None where there are no locks"
     try: import fcntl

@@ -337,7 +337,6 @@ class States(Callback):
         keep:int=2,             # states
         minutes:float=0.,       # between states within an epoch; 0: only at its end
     ): self.folder, self.keep, self.minutes, self.best, self.time = Path(folder), keep, minutes, None, time.monotonic()     # best: [accuracy, -loss, epoch]
-
     def read(self, device):
         "The newest state that is whole, and its path; damaged ones are set aside, with a warning"
         found = checkpoints(self.folder)
@@ -345,11 +344,9 @@ class States(Callback):
             state = read_state(path, device, self.holds)
             if isinstance(state, str): warnings.warn(f"{path} is damaged, or not a checkpoint of ours ({state})" + (f"; trying {found[k + 1].name}, the one before." if found[k + 1:] else '.')); continue
             if state['best']: _best_is_there(self.folder)
-            if is_main():
-                for bad in found[:k]: bad.replace(f'{bad}.damaged')
+            for bad in found[:k] if is_main() else (): bad.replace(f'{bad}.damaged')
             return state, path
         raise InputError(f"{found[0]} is damaged, or not a checkpoint of ours" + (", and so are those before it" if found[1:] else '') + f"; remove the folder {self.folder} to begin this run again.")
-
     def save(self, learn, rows, done=0):
         "Write a state; done: batches of this epoch, 0 if it is over"
         if not is_main(): return
@@ -398,6 +395,7 @@ class Stopped(KeyboardInterrupt):
     @property
     def code(self)->int: return 128 + self.signum       # of the process: 130 after Ctrl-C, 143 after SIGTERM
 
+# %% ../nbs/15_experiments.ipynb #3343cd2c
 class Stopper(Callback):
     "SIGTERM and Ctrl-C: finish the batch, save, stop. The same again: stop at once."
     order = 40
@@ -559,6 +557,7 @@ def _forget(folder, was_there):
     for name in ('config.json', 'preps.json', 'checksums.json'): (folder/name).unlink(missing_ok=True)
     shutil.rmtree(folder/'tensorboard', ignore_errors=True)
 
+# %% ../nbs/15_experiments.ipynb #2d64e532
 def _plain(x):
     "Numbers that JSON has no word for become null"
     if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
@@ -826,6 +825,7 @@ def _end(pool, e):
         for p in list((pool._processes or {}).values()): p.terminate()
     pool.shutdown(cancel_futures=True)
 
+# %% ../nbs/15_experiments.ipynb #5ae39118
 def _side_by_side(runs, jobs):
     "Yield (number, result) as they come, from `jobs` processes"
     left, alone = dict(enumerate(runs)), []
@@ -846,6 +846,7 @@ def _side_by_side(runs, jobs):
             except BaseException as e: _end(pool, e); raise
         alone = [i for i in alone if i in left]
 
+# %% ../nbs/15_experiments.ipynb #65e280e4
 def _on_cluster(runs, scheduler):
     "Yield (number, result) as they come, from the workers of a Dask scheduler that share our folders"
     try: from distributed import Client, as_completed

@@ -293,6 +293,7 @@ def fuse(
     w = weights[..., None]
     return torch.where(w != 0, w * logits, 0).sum(0)
 
+# %% ../nbs/06_learner.ipynb #0dff09cf
 def opinion(
     logits,     # (M,B,C) per modality
     present,    # (M,B) bool
@@ -300,6 +301,7 @@ def opinion(
     "Who is there and has something to say? NaN, +inf and no class at all (-inf everywhere) say nothing; -inf for some classes rules these out"
     return present & logits.amax(-1).isfinite()
 
+# %% ../nbs/06_learner.ipynb #5b89061e
 @torch.no_grad()
 def predict(
     net:Net,        # trained
@@ -434,6 +436,7 @@ def sample_ids(
     while hasattr(dl, 'dl'): dl = dl.dl
     return getattr(getattr(dl, 'dataset', None), 'ids', None)
 
+# %% ../nbs/06_learner.ipynb #7cdcab3f
 class StopOnNaN(Callback):
     "Stop before a step with a loss or a gradient that is not finite, and write down which samples it was"
     order = -5

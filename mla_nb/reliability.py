@@ -131,6 +131,7 @@ def decoders()->str:
     if not features.check('jpg'): raise InputError("Pillow cannot read JPEG files; pip install --force-reinstall pillow.")
     return f"{', '.join(kinds)} by soundfile {sf.__version__}, video by PyAV {av.__version__}, pictures by Pillow"
 
+# %% ../nbs/15b_reliability.ipynb #817ea5c8
 def room(
     folder,                 # where files will be written; it need not be there yet
     least:float=1.,         # GB that should be free
