@@ -307,7 +307,8 @@ def write_atomic(
         else: part.write_text(content, encoding='utf-8')
         with part.open('rb') as f: os.fsync(f.fileno())
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): part.unlink()
 
 # %% ../nbs/00_core.ipynb #7e345b15
 def read_json(
@@ -357,8 +358,11 @@ def locked(
     try: yield
     finally:
         _held.discard(path)
-        if fd is not None: path.unlink(missing_ok=True); os.close(fd)
+        if fd is not None:
+            with suppress(OSError): path.unlink()                           # the lock is what counts, not the file
+            os.close(fd)
 
+# %% ../nbs/00_core.ipynb #b0dca91b
 def _lock(path, what):
     "A descriptor that holds the lock; None where there are no locks"
     try: import fcntl

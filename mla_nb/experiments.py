@@ -54,6 +54,7 @@ class Described(Checked):
     "What a run is: gaps are filled from the preset, and its folder is named after the rest"
     def __post_init__(self):
         "What was not said is as the dataset's preset has it"
+        object.__setattr__(self, 'dataset', _typed(self.__dataclass_fields__['dataset'], self.dataset))
         if self.dataset not in datasets: discover()
         for k, v in {**PRESET, **getattr(datasets[self.dataset], 'preset', {})}.items():
             if getattr(self, k) is None: object.__setattr__(self, k, v)
@@ -139,6 +140,7 @@ def _typed(f, v):
     if f.metadata['read']: return f.metadata['read'](v, f.name)
     if v is None and f.default is None: return v
     try:
+        if kind == 'dict' and not isinstance(v, (str, dict)): raise ValueError
         if kind == 'dict': return parse_args(v)
         if kind == 'bool': return dict(true=True, false=False)[str(v).lower()]
         if kind == 'str' and not isinstance(v, str): raise ValueError
@@ -314,6 +316,13 @@ def read_state(
     sha = state.pop('sha256', None)                                                     # the first versions had none
     return 'its checksum is wrong' if sha and sha != digest(state) else state
 
+def _restore(cbs, states, names):
+    "Give callbacks their states back, by name: there may be others this time"
+    left = list(zip(names or [type(c).__name__ for c in cbs], states))          # the first versions kept no names
+    for c in cbs:
+        k = next((k for k, (name, _) in enumerate(left) if name == type(c).__name__), None)
+        if k is not None and (kept := left.pop(k)[1]): c.load_state_dict(kept)
+
 def _best_is_there(folder):
     path, todo = folder/'model.safetensors', f'remove the folder {folder} to begin this run again'
     if not path.exists(): raise InputError(f"{folder}: model.safetensors, the best epoch so far, is gone; {todo}.")
@@ -328,7 +337,6 @@ class States(Callback):
         keep:int=2,             # states
         minutes:float=0.,       # between states within an epoch; 0: only at its end
     ): self.folder, self.keep, self.minutes, self.best, self.time = Path(folder), keep, minutes, None, time.monotonic()     # best: [accuracy, -loss, epoch]
-
     def read(self, device):
         "The newest state that is whole, and its path; damaged ones are set aside, with a warning"
         found = checkpoints(self.folder)
@@ -336,17 +344,15 @@ class States(Callback):
             state = read_state(path, device, self.holds)
             if isinstance(state, str): warnings.warn(f"{path} is damaged, or not a checkpoint of ours ({state})" + (f"; trying {found[k + 1].name}, the one before." if found[k + 1:] else '.')); continue
             if state['best']: _best_is_there(self.folder)
-            if is_main():
-                for bad in found[:k]: bad.replace(f'{bad}.damaged')
+            for bad in found[:k] if is_main() else (): bad.replace(f'{bad}.damaged')
             return state, path
         raise InputError(f"{found[0]} is damaged, or not a checkpoint of ours" + (", and so are those before it" if found[1:] else '') + f"; remove the folder {self.folder} to begin this run again.")
-
     def save(self, learn, rows, done=0):
         "Write a state; done: batches of this epoch, 0 if it is over"
         if not is_main(): return
         if not all(p.isfinite().all() for p in learn.net.parameters()): raise Diverged(f"the weights are not finite in epoch {learn.epoch + 1}; try a learning rate below {learn.opt.param_groups[0]['lr']:g}.")
         state = dict(net=learn.net.state_dict(), opt=learn.opt.state_dict(), epoch=learn.epoch, best=self.best, history=json.dumps(rows),
-                     callbacks=[c.state_dict() for c in learn.cbs], done=done, rng=rng_state())
+                     callbacks=[c.state_dict() for c in learn.cbs], names=[type(c).__name__ for c in learn.cbs], done=done, rng=rng_state())
         new, files = self.folder/'.next.part', [self.folder/(f'last-{k}.pt' if k else 'last.pt') for k in range(self.keep)]
         write_atomic(new, lambda part: torch.save({**state, 'sha256': digest(state)}, part))
         for old, older in reversed(list(zip(files, files[1:]))):
@@ -364,7 +370,7 @@ class Saver(States):
         state, path = self.read(next(learn.net.parameters()).device)
         fits(learn.net, state['net'], path)
         learn.net.load_state_dict(state['net']); learn.opt.load_state_dict(state['opt'])
-        for c, kept in zip(learn.cbs, state['callbacks']): c.load_state_dict(kept) if kept else None
+        _restore(learn.cbs, state['callbacks'], state.get('names'))
         learn.history, learn.done = json.loads(state['history']), state.get('done', 0)
         learn.rng = state.get('rng') if learn.done else None                # a new epoch seeds them anew
         learn.epoch, self.best = state['epoch'] + (not learn.done), state['best']
@@ -389,6 +395,7 @@ class Stopped(KeyboardInterrupt):
     @property
     def code(self)->int: return 128 + self.signum       # of the process: 130 after Ctrl-C, 143 after SIGTERM
 
+# %% ../nbs/15_experiments.ipynb #3343cd2c
 class Stopper(Callback):
     "SIGTERM and Ctrl-C: finish the batch, save, stop. The same again: stop at once."
     order = 40
@@ -550,6 +557,7 @@ def _forget(folder, was_there):
     for name in ('config.json', 'preps.json', 'checksums.json'): (folder/name).unlink(missing_ok=True)
     shutil.rmtree(folder/'tensorboard', ignore_errors=True)
 
+# %% ../nbs/15_experiments.ipynb #2d64e532
 def _plain(x):
     "Numbers that JSON has no word for become null"
     if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
@@ -601,7 +609,7 @@ def mendable(
     for c in () if isinstance(e, InputError) else causes(e):
         text = str(c)
         if isinstance(c, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-            return InputError(f"out of memory with batch_size={cfg.batch_size}: try batch_size={half} (and accumulate two batches per step, if the batch as such matters), precision='bf16', or a smaller encoder.")
+            return InputError(f"out of memory with batch_size={cfg.batch_size}: try batch_size={half} accumulate={2 * cfg.accumulate}, which is the same training batch in smaller pieces; or precision='bf16', or a smaller encoder.")
         if getattr(c, 'errno', None) in FULL or 'os error 28' in text or 'inline_container' in text or 'PytorchStreamWriter' in text:
             return InputError(f"{cfg.folder} cannot be written: there is no space left; make room, or move the folder and name its new place with root; {again}.")
         if getattr(c, 'errno', None) in CLOSED: return InputError(f"{c.filename or cfg.folder} cannot be written: {c.strerror}; change its permissions, or choose another root; {again}.")
@@ -817,6 +825,7 @@ def _end(pool, e):
         for p in list((pool._processes or {}).values()): p.terminate()
     pool.shutdown(cancel_futures=True)
 
+# %% ../nbs/15_experiments.ipynb #5ae39118
 def _side_by_side(runs, jobs):
     "Yield (number, result) as they come, from `jobs` processes"
     left, alone = dict(enumerate(runs)), []
@@ -837,6 +846,7 @@ def _side_by_side(runs, jobs):
             except BaseException as e: _end(pool, e); raise
         alone = [i for i in alone if i in left]
 
+# %% ../nbs/15_experiments.ipynb #65e280e4
 def _on_cluster(runs, scheduler):
     "Yield (number, result) as they come, from the workers of a Dask scheduler that share our folders"
     try: from distributed import Client, as_completed

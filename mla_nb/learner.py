@@ -6,9 +6,9 @@
 __all__ = ['sgd', 'joint_turn', 'turn_of', 'ce_loss', 'Method', 'concat', 'sum_of_logits', 'film', 'gated', 'unimodal', 'Shuffle',
            'ShardShuffle', 'Loaders', 'loaders', 'make_sampler', 'nbytes', 'Callback', 'Loop', 'Learner', 'Pred',
            'fuse', 'opinion', 'predict', 'scores', 'predictions', 'Diverged', 'peak_memory', 'Recorder', 'Progress',
-           'Schedule', 'StopOnNaN', 'Accelerate', 'OnDevice', 'tensors', 'compile_encoders', 'Augment', 'filled',
-           'join', 'backward_in_pieces', 'Agreement', 'Answers', 'buckets', 'Team', 'again', 'part_of', 'Share',
-           'Shared', 'plot_learning', 'check_method']
+           'Schedule', 'sample_ids', 'StopOnNaN', 'Accelerate', 'OnDevice', 'tensors', 'compile_encoders', 'Augment',
+           'filled', 'join', 'backward_in_pieces', 'Agreement', 'Answers', 'buckets', 'Team', 'again', 'part_of',
+           'Share', 'Shared', 'plot_learning', 'check_method']
 
 # %% ../nbs/06_learner.ipynb #bd25aa0b
 import json, math, re, time
@@ -16,6 +16,7 @@ from pathlib import Path
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import nn, tensor
@@ -186,15 +187,18 @@ class Loop:
 
     def left(self):
         "The batches of this epoch that are not done yet, with their numbers"
-        train = self.dls.train
-        size = getattr(train, 'batch_size', None)           # rows of a whole batch; None: a list of batches
+        train, size = self.dls.train, getattr(self.dls.train, 'batch_size', None)       # a plain list has none
         self.dls.sampler.epoch, self.dls.sampler.skip = self.epoch, self.done * (size or 0)
-        for k, b in enumerate(train if size else train[self.done:], self.done):
-            if self.rng: set_rng_state(self.rng); self.rng = None
+        self.seed_epoch()
+        for k, b in enumerate(train if size else islice(train, self.done, None), self.done):
+            if k == self.done: set_rng_state(self.rng) if self.rng else self.seed_epoch()   # whatever the loader has drawn
             yield k, b
 
-    def one_epoch(self):
+    def seed_epoch(self):
         set_seed(self.seed, self.epoch)
+        torch.empty((), dtype=torch.int64).random_()        # what a loader without workers draws, so that workers change nothing
+
+    def one_epoch(self):
         self.net.train()
         for self.step, self.batch in self.left(): self.one_batch()
         self.done, self.rng = 0, None
@@ -289,6 +293,7 @@ def fuse(
     w = weights[..., None]
     return torch.where(w != 0, w * logits, 0).sum(0)
 
+# %% ../nbs/06_learner.ipynb #0dff09cf
 def opinion(
     logits,     # (M,B,C) per modality
     present,    # (M,B) bool
@@ -296,6 +301,7 @@ def opinion(
     "Who is there and has something to say? NaN, +inf and no class at all (-inf everywhere) say nothing; -inf for some classes rules these out"
     return present & logits.amax(-1).isfinite()
 
+# %% ../nbs/06_learner.ipynb #5b89061e
 @torch.no_grad()
 def predict(
     net:Net,        # trained
@@ -423,13 +429,22 @@ class Schedule(Callback):
         for g, lr in zip(learn.opt.param_groups, self.start): g['lr'] = lr * self.shape(min(1., epoch / learn.epochs))
 
 # %% ../nbs/06_learner.ipynb #30527696
+def sample_ids(
+    dl,             # batches, moved or not
+)->list|None:       # the names of the samples, if they have any
+    "What the numbers in `Batch.idx` stand for"
+    while hasattr(dl, 'dl'): dl = dl.dl
+    return getattr(getattr(dl, 'dataset', None), 'ids', None)
+
+# %% ../nbs/06_learner.ipynb #7cdcab3f
 class StopOnNaN(Callback):
     "Stop before a step with a loss or a gradient that is not finite, and write down which samples it was"
     order = -5
     def __init__(self, every:int=50, folder=None): self.every, self.folder, self.k, self.seen = every, folder, 0, []   # every: turns between looks on a GPU
     def after_backward(self, learn):
         self.k += 1
-        self.seen.append((learn.loss.detach(), learn.epoch, learn.step, learn.turn))
+        rows = getattr(learn.batch, 'whole', (learn.turn,))[0].idx if hasattr(learn, 'batch') else learn.turn.idx     # of all processes
+        self.seen.append((learn.loss.detach(), learn.epoch, learn.step, list(learn.turn.x), rows))
         if learn.loss.device.type == 'cpu' or self.k % self.every == 0: self.look(learn)
     def after_epoch(self, learn): self.seen and self.look(learn)
 
@@ -443,13 +458,12 @@ class StopOnNaN(Callback):
             if not math.isfinite(value): self.stop(learn, f'loss is {value}', *about[1:])
         if grads and not math.isfinite(found[-1]): self.stop(learn, f'gradient is {found[-1]}', *seen[-1][1:])
 
-    def stop(self, learn, what, epoch, step, turn):
-        lr, rows = learn.opt.param_groups[0]['lr'], turn.idx.tolist()
-        ids = getattr(getattr(learn.dls.train, 'dataset', None), 'ids', None)
+    def stop(self, learn, what, epoch, step, mods, rows):
+        lr, rows, ids = learn.opt.param_groups[0]['lr'], rows.tolist(), sample_ids(learn.dls.train)
         names, todo = [ids[i] for i in rows] if ids else rows, f"try a learning rate below {lr:g} and look at these samples"
-        about = dict(what=what, epoch=epoch + 1, batch=step + 1, modalities=list(turn.x), samples=names, lr=lr, todo=todo)
+        about = dict(what=what, epoch=epoch + 1, batch=step + 1, modalities=mods, samples=names, lr=lr, todo=todo)
         if self.folder: write_atomic(Path(self.folder)/'nan.json', json.dumps(about, indent=1))
-        raise Diverged(f"the {what} in epoch {epoch + 1}, batch {step + 1} ({' + '.join(turn.x)}); samples {names[:5]}…"
+        raise Diverged(f"the {what} in epoch {epoch + 1}, batch {step + 1} ({' + '.join(mods)}); samples {names[:5]}…"
                        + (f" (all in {Path(self.folder)/'nan.json'})" if self.folder else '') + f"; {todo}.")
 
 # %% ../nbs/06_learner.ipynb #127b4d8a
@@ -491,11 +505,8 @@ class Accelerate(Callback):
 class OnDevice:
     "A loader whose batches are moved; on a GPU, the next one while this one is used"
     vary = staticmethod(lambda b: b)        # what `Augment` puts here happens before
-    def __init__(self, dl, device): self.dl, self.device = dl, device
+    def __init__(self, dl, device): self.dl, self.device, self.batch_size = dl, device, getattr(dl, 'batch_size', None)
     def __len__(self): return len(self.dl)
-    def __getitem__(self, some): return [self.vary(b).to(self.device) for b in self.dl[some]]        # of a list of batches
-    @property
-    def batch_size(self): return getattr(self.dl, 'batch_size', None)
     def __iter__(self): return (self.vary(b).to(self.device) for b in self.dl) if self.device.type != 'cuda' else self.ahead()
 
     def ahead(self):
@@ -718,27 +729,25 @@ class Share(Sampler):
         e = self.sampler.epoch
         if e not in self.steps: self.steps = {e: max(-(-len(s) // self.size) for s in self.streams())}      # asked for in every step
         return self.steps[e]
-    @property
-    def done(self): return self.sampler.skip // (self.size * self.team.n)       # steps of this epoch that were taken before a restart
-    def __iter__(self): return (r.tolist() for r in self.streams()[self.team.rank].split(self.size)[self.done:] if len(r))
+    def __iter__(self): return (r.tolist() for r in self.streams()[self.team.rank].split(self.size)[self.sampler.skip // self.size:] if len(r))
 
 # %% ../nbs/06_learner.ipynb #b5d23549
 class Shared:
     "The training batches of one process; each knows what the whole batch is"
     vary = staticmethod(lambda b: b)
     def __init__(self, dls, team):
-        self.team, dl, self.batch_size, self.share = team, dls.train, None, None
+        self.team, self.sampler, dl = team, dls.sampler, dls.train
+        self.batch_size = getattr(dl, 'batch_size', None)
         if not isinstance(dl, DataLoader): self.dl = [b.take(torch.arange(len(b)).tensor_split(team.n)[team.rank]) for b in dl]; return
         if dls.sampler.n < team.n: raise InputError(f"{team.n} processes, but only {dls.sampler.n} training samples; use fewer processes.")
-        self.share = Share(dls.sampler, dl.batch_size, team)
-        self.dl, self.batch_size = again(dl, self.share), dl.batch_size * team.n
+        self.dl = again(dl, Share(dls.sampler, dl.batch_size, team))
 
     def __len__(self): return len(self.dl)
-    def __getitem__(self, some): return [self.moved(b) for b in self.dl[some]]           # of a list of batches
 
     def __iter__(self):
-        k = self.share.done if self.share else 0
+        k, b = self.sampler.skip // self.batch_size if self.batch_size else 0, None          # batches that are done already
         for k, b in enumerate(self.dl, k + 1): yield self.moved(b)
+        if b is None and k < len(self): b = next(iter(again(self.dl, [[0]])))
         for _ in range(len(self) - k): yield self.moved(b.take(torch.zeros(0, dtype=torch.long)))      # others have rows left
 
     def moved(self, b):

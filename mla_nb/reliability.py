@@ -6,7 +6,7 @@
 __all__ = ['warm', 'forked', 'position', 'killed', 'flip', 'Finding', 'look', 'versions', 'device', 'threads', 'decoders', 'room',
            'shared_memory', 'machine', 'check_run', 'doctor', 'report', 'main']
 
-# %% ../nbs/15b_reliability.ipynb #bf712a4f
+# %% ../nbs/15b_reliability.ipynb #66aba9ec
 import argparse, importlib, io, json, math, os, platform, shutil, signal, subprocess, sys, time, warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from .core import *
 from .learner import *
 from .experiments import *
 
-# %% ../nbs/15b_reliability.ipynb #a3519dbd
+# %% ../nbs/15b_reliability.ipynb #9e30118f
 def warm():
     "Import what a run imports on its way, so that a forked child starts at once"
     discover()
@@ -38,7 +38,7 @@ def forked(
     if not ended[0]: os.kill(pid, signal.SIGKILL); ended = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(ended[1])
 
-# %% ../nbs/15b_reliability.ipynb #7ae10eb8
+# %% ../nbs/15b_reliability.ipynb #48fc6eba
 def position(folder)->float:
     "How many epochs the newest whole checkpoint of a run stands for; 0 if there is none"
     for path in checkpoints(folder):
@@ -57,7 +57,7 @@ def killed(
         if out[-1][0] != -9: break
     return out
 
-# %% ../nbs/15b_reliability.ipynb #5de42ea2
+# %% ../nbs/15b_reliability.ipynb #8a5bc858
 def flip(
     path,           # of a file
     at:float=.5,    # where, from 0 to 1
@@ -68,7 +68,7 @@ def flip(
     raw[k] ^= 0x15
     Path(path).write_bytes(raw)
 
-# %% ../nbs/15b_reliability.ipynb #d22b3418
+# %% ../nbs/15b_reliability.ipynb #23ca78e1
 @dataclass
 class Finding:
     "One thing that was looked at"
@@ -87,7 +87,7 @@ def look(
         except Exception as e: out.append(Finding(what, False, f'{type(e).__name__}: {e}'))
     return out
 
-# %% ../nbs/15b_reliability.ipynb #b5726dba
+# %% ../nbs/15b_reliability.ipynb #97822143
 def versions()->str:
     "Are the packages there, in versions that fit?"
     from importlib.metadata import requires, version, PackageNotFoundError
@@ -115,7 +115,7 @@ def threads()->str:
     if n > cores: raise InputError(f"{n} threads on {cores} cores get in each other's way; set OMP_NUM_THREADS={cores}, or threads={cores} in a run.")
     return f"{n} on {cores} cores"
 
-# %% ../nbs/15b_reliability.ipynb #afe1c3aa
+# %% ../nbs/15b_reliability.ipynb #c5890845
 def decoders()->str:
     "Can sound, pictures and video be decoded?"
     import av, soundfile as sf
@@ -131,6 +131,7 @@ def decoders()->str:
     if not features.check('jpg'): raise InputError("Pillow cannot read JPEG files; pip install --force-reinstall pillow.")
     return f"{', '.join(kinds)} by soundfile {sf.__version__}, video by PyAV {av.__version__}, pictures by Pillow"
 
+# %% ../nbs/15b_reliability.ipynb #817ea5c8
 def room(
     folder,                 # where files will be written; it need not be there yet
     least:float=1.,         # GB that should be free
@@ -139,9 +140,8 @@ def room(
     there = next(p for p in [Path(folder).absolute(), *Path(folder).absolute().parents] if p.exists())
     free = shutil.disk_usage(there).free / 2**30
     probe = there/f'.doctor.{os.getpid()}'
-    try: write_atomic(probe, 'x')
+    try: write_atomic(probe, 'x'); probe.unlink()
     except OSError as e: raise InputError(f"{folder} cannot be written ({e.strerror}); change its permissions, or choose another folder with --root or --data.") from e
-    finally: probe.unlink(missing_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         try:
@@ -150,7 +150,7 @@ def room(
     if free < least: raise InputError(f"{folder}: only {free:.2f} GB are free, and {least:g} should be; make room, or choose another disk with --root or --data.")
     return f"{free:.0f} GB free, can be written and locked"
 
-# %% ../nbs/15b_reliability.ipynb #26a64932
+# %% ../nbs/15b_reliability.ipynb #068a65c8
 def shared_memory()->str:
     "Workers hand over batches there"
     shm = Path('/dev/shm')
@@ -165,7 +165,7 @@ def machine(
     "What a doctor looks at in a machine"
     return dict(versions=versions, device=device, threads=threads, decoders=decoders, **{'shared memory': shared_memory, f'room for {root}': lambda: room(root), f'room for {data}': lambda: room(data)})
 
-# %% ../nbs/15b_reliability.ipynb #29da9d83
+# %% ../nbs/15b_reliability.ipynb #bd317249
 def check_run(
     folder,         # of a run
 )->dict:            # name -> function
@@ -193,7 +193,7 @@ def check_run(
 
 checkups(check_run, 'config.json');
 
-# %% ../nbs/15b_reliability.ipynb #6223c4dc
+# %% ../nbs/15b_reliability.ipynb #d0777d4b
 def doctor(
     folders=(),                 # of runs or prepared datasets; none: the machine
     root='runs', data='data',   # of the machine's runs and datasets
@@ -214,7 +214,7 @@ def report(
     wide = max(len(f.what) for f in found)
     return '\n'.join(f"{'ok   ' if f.ok else 'WRONG'} {f.what:{wide}} {f.says}" for f in found)
 
-# %% ../nbs/15b_reliability.ipynb #fa4d7aac
+# %% ../nbs/15b_reliability.ipynb #d45ec4a6
 def main(argv=None):
     "Entry point of `mla_doctor`: exit code 1 if something is wrong"
     p = argparse.ArgumentParser('mla_doctor', description='What is wrong with this machine, or with folders of runs and prepared datasets, and how to mend it.')

@@ -128,8 +128,10 @@ def test_kill_9_at_random_moments(tmp_path): kill(tmp_path, 3, 1, 0, Run(**TINY,
 
 
 @soak
-@pytest.mark.parametrize("how", [dict(save_every=1e-6), dict(save_every=0), dict(method="qmf", method_args="", save_every=1e-6), dict(method="ogm_ge", method_args="", save_every=1e-6), dict(optimizer="adamw", lr=.001, schedule="cosine", save_every=1e-6, keep=1)])
-def test_kill_9_at_many_random_moments(tmp_path, how): kill(tmp_path, 20, 4, 1, Run(**{**TINY, **how}))
+def test_kill_9_at_many_random_moments(tmp_path):
+    often = [dict(save_every=1e-6), dict(save_every=0), dict(method="qmf", method_args="", save_every=1e-6), dict(method="ogm_ge", method_args="", save_every=1e-6), dict(optimizer="adamw", lr=.001, schedule="cosine", save_every=1e-6, keep=1)]
+    kill(tmp_path, 20, 2, 1, *(Run(**{**TINY, **how}) for how in often))
+    assert TALLY["kill -9 at a random moment of a run"][0] >= 20
 
 
 CLI = [sys.executable, "-c", "from mla_nb.experiments import main; main()"]
@@ -266,7 +268,7 @@ def damage(path, how):
 
 
 WAYS = ["truncate", "empty", .02, .5, .98]
-MORE = [k / 40 for k in range(40)]
+MORE = [k / 20 for k in range(20)]
 
 
 def spoil(source, good, ways, fault):
@@ -530,7 +532,7 @@ def test_samples_of_a_batch_that_is_no_number_are_written_down(whole, what):
 def test_on_a_gpu_one_look_finds_the_first_of_many(whole):
     learn = build(whole, make_dataset(whole))
     stop, turn = StopOnNaN(), next(iter(learn.dls.train))
-    stop.seen = [(tensor(v), 0, k, turn) for k, v in enumerate([1., 2., math.nan, math.inf, 3.])]
+    stop.seen = [(tensor(v), 0, k, list(turn.x), turn.idx) for k, v in enumerate([1., 2., math.nan, math.inf, 3.])]
     with pytest.raises(Diverged, match="the loss is nan in epoch 1, batch 3"): stop.look(learn)
     assert not stop.seen
 
@@ -581,7 +583,7 @@ def test_doctor_says_what_is_wrong_with_versions():
 
 # whatever hypothesis can think of -----------------------------------------------------------------------------------
 
-FUZZ = dict(deadline=None, max_examples=1000 if MANY else 60, suppress_health_check=list(HealthCheck))
+FUZZ = dict(deadline=None, max_examples=300 if MANY else 40, suppress_health_check=list(HealthCheck))
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.binary(max_size=4), st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=4), st.integers(), max_size=3))
 likely = st.sampled_from(["", "0", "1", "-1", "1e9", "nan", "inf", "true", "no", "bf16", "adamw", "cosine", "audio=.5", "a=1,b=2", "audio=small", "mla", "concat", "x(", "(", ",", "=", "1_000", " 3 "])
 
