@@ -115,13 +115,17 @@ LIKELY = {('av', 6): 'cremad', ('cav', 6): 'cremad', ('av', 31): 'kinetics', ('a
 M3AE_NAMES = {r'^encoder\.layer_norm': 'body.norm', r'^encoder\.blocks': 'body.blocks', r'layer_norm(\d)': r'norm\1', r'attention\.qkv_linear': 'attn.qkv', r'attention\.fc': 'attn.proj',
               r'transformer_mlp\.': '', r'^cls_token': 'cls', r'^encoder_(\w+)_type_embedding': r'type_\1', r'^text_embedding': 'tokens', r'^image_embedding': 'patches'}
 
-# %% ../nbs/17c_released.ipynb #4aac9a4c
+# %% ../nbs/17c_released.ipynb #f009b42f
 def _shape(part, name, where):
     if name not in part: raise InputError(f"{where}: {name} is missing, so the encoder's size is not known; the file is damaged, fetch it again.")
     return part[name].shape
 
-def _depth(names): return 1 + max((int(m[1]) for k in names if (m := re.match(r'body\.blocks\.(\d+)\.', k))), default=0)
+def _depth(names, width):
+    "Blocks of an encoder; of a published width as many as were published, so that a lost one is missed"
+    found = 1 + max((int(m[1]) for k in names if (m := re.match(r'body\.blocks\.(\d+)\.', k))), default=0)
+    return max(found, next((s['depth'] for s in SIZES.values() if s['width'] == width), 0))
 
+# %% ../nbs/17c_released.ipynb #679f7f95
 def as_resnet(part, m, heads, where):
     "A ResNet-18, whose names are torchvision's"
     return resnet18_trunk(1 if m == 'audio' else 3), {k: k for k in part}
@@ -131,14 +135,14 @@ def as_m3ae(part, m, heads, where):
     names, reads, other = ({renamed(k, M3AE_NAMES): k for k in part}, *(('text', ('patches', 'type_image')) if m == 'text' else ('image', ('tokens', 'type_text'))))
     w, vocab = _shape(part, 'cls_token', where)[-1], _shape(part, 'text_embedding.weight', where)[0]
     patch = math.isqrt(_shape(part, 'image_embedding.weight', where)[-1] // 3)
-    return M3AE(w, _depth(names), heads or max(1, w // 64), (reads,), vocab, patch, pool='all'), {k: v for k, v in names.items() if k.split('.')[0] not in other}
+    return M3AE(w, _depth(names, w), heads or max(1, w // 64), (reads,), vocab, patch, pool='all'), {k: v for k, v in names.items() if k.split('.')[0] not in other}
 
 def as_cavmae(part, m, heads, where):
     "One path of a CAV-MAE of this size"
     side, channels = ('a', 1) if m == 'audio' else ('v', 3)
     names, (_, n, w) = one_path({k: k for k in part}, side), _shape(part, f'pos_embed_{side}', where)
     rows = 8 if side == 'a' else math.isqrt(n)
-    return CAVMAE(w, _depth(names), heads or max(1, w // 64), channels, (rows, n // rows)), names
+    return CAVMAE(w, _depth(names, w), heads or max(1, w // 64), channels, (rows, n // rows)), names
 
 def as_ours(part:dict, m:str, heads=None, where='this file')->tuple:
     "An encoder of ours for a slot, and where each of its weights is found: our name -> their name"
