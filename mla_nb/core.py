@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'encoders', 'datasets', 'methods', 'rules', 'FORMS', 'COLOURS', 'InputError', 'UnknownName', 'nearest',
            'unknown', 'Registry', 'of_kind', 'call', 'discover', 'Samples', 'Modality', 'Splits', 'check_splits',
            'take', 'to', 'Batch', 'stack', 'spread', 'collate', 'Ready', 'set_seed', 'write_atomic', 'read_json',
-           'check_encoder', 'check_dataset', 'colour']
+           'check_encoder', 'check_dataset', 'colour', 'png', 'slider', 'play']
 
 # %% ../nbs/00_core.ipynb #0d8267bd
 import difflib, importlib, inspect, json, math, os, pkgutil, random
@@ -339,3 +339,43 @@ COLOURS = dict(audio='#E69F00', visual='#0072B2', image='#0072B2', video='#56B4E
 def colour(name:str)->str:
     "The colour of a modality in every plot"
     return COLOURS.get(name, '#999999')
+
+# %% ../nbs/00_core.ipynb #f02f1e0e
+def png(
+    draw,       # draws one figure
+    **values,   # for `draw`
+)->bytes:       # of a PNG picture
+    "What `draw` draws; no figure stays open"
+    import io, matplotlib.pyplot as plt
+    before, out = set(plt.get_fignums()), io.BytesIO()
+    try:
+        draw(**values)
+        plt.savefig(out, format='png', dpi=110, bbox_inches='tight', facecolor='white')
+        return out.getvalue()
+    finally:
+        for k in set(plt.get_fignums()) - before: plt.close(k)
+
+def slider(
+    label:str,      # what it moves
+    value,          # a float, or an int for whole numbers
+    low, high,      # where it ends
+    step=.01,
+):
+    "A slider that speaks when it is let go, so that dragging stays fluid"
+    import ipywidgets as w
+    kind = w.IntSlider if isinstance(value, int) else w.FloatSlider
+    return kind(value, min=low, max=high, step=step, description=label, continuous_update=False, style=dict(description_width='9em'), layout=dict(width='22em'))
+
+def play(
+    draw,           # draws one figure, called with the values of the controls
+    **controls,     # name -> widget
+):                  # a widget: the controls, and the picture below them
+    "A picture that follows its controls; a value that makes no sense is answered in one sentence"
+    import html, ipywidgets as w
+    note, picture = w.HTML(), w.Image(format='png', tooltip=draw.__doc__, layout=dict(max_width='100%', align_self='flex-start'))
+    def show(*_):
+        try: picture.value, note.value = png(draw, **{k: c.value for k, c in controls.items()}), ''
+        except InputError as e: note.value = f'<b>{html.escape(str(e))}</b>'
+    for c in controls.values(): c.observe(show, 'value')
+    show()
+    return w.VBox([w.Box(list(controls.values()), layout=dict(flex_flow='row wrap')), note, picture])
