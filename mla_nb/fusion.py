@@ -176,7 +176,7 @@ def play_fusion(
     "A knob for every logit, and a box for every modality that may be absent"
     from ipywidgets import Checkbox
     if len(mods) not in PUBLISHED: raise InputError(f"{len(mods)} modalities: the fixed rule here has weights for {' or '.join(map(str, PUBLISHED))}; name as many.")
-    start = dict(zip(mods, ([3., 0., 0.], [0., 1.2, 0.], [0., 1., 0.])))
+    start = dict(zip(mods, ([2.2, 0., 0.], [0., 1.3, 0.], [0., 1.2, 0.])))
     logit = {f'{m} {c}': slider(f'{m}, {c}', v, -5., 5., .1) for m in mods for c, v in zip(classes, start[m])}
     def draw(**v):
         "Answers of the modalities about one sample (left), and weights and answers of four rules (right)"

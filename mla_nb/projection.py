@@ -72,7 +72,8 @@ def plot_projection(
     ax.plot(*ring.T, ':', color='#999999', lw=.8); ax.fill(*(ring @ P).T, color='#999999', alpha=.3)
     for v, c, name, seen in ((unit(audio), colour('audio'), 'audio', turns > 0), (unit(visual), colour('visual'), 'visual', turns > 1), (g, '#000000', 'g', True), (left, colour('fused'), 'g P', True)):
         ax.quiver(0, 0, *v, angles='xy', scale_units='xy', scale=1, width=.014, color=c, alpha=1 if seen else .3, label=name if seen else f'{name} (no turn yet)', zorder=3)
-    ax.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect='equal', xticks=[-1, 0, 1], yticks=[-1, 0, 1], title=f'λ = {lam:g}, turns: {turns}; {left.norm():.0%} of g is left')
+    ax.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect='equal', xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+    ax.set_title(f'λ = {lam:g}, turns: {turns}; {left.norm():.0%} of g is left', fontsize=10)
     ax.legend(fontsize=7, loc='lower left')
     return ax
 
