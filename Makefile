@@ -38,7 +38,7 @@ TRAIN := $(if $(LR),-p lr $(LR)) $(if $(BATCH),-p batch_size $(BATCH))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help setup demo prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test site lab chapter export clean readme check-python lock benchmark results
+.PHONY: help setup demo prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test browser site lab chapter export clean readme check-python lock benchmark results
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -81,6 +81,9 @@ test: $(READY) ## every test, every chapter, README in step
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
 	$(BIN)/python tools/nbs.py readme --check
+
+browser: $(READY) ## chapters in a real JupyterLab, driven by Chromium (CHROMIUM=/usr/bin/chromium, MLA_SHOTS=FOLDER keeps screenshots)
+	$(BIN)/python -m pytest -q -m browser tests/test_browser.py
 
 lab: $(READY) ## JupyterLab on the chapters
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. nbs/index.ipynb

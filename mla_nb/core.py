@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'encoders', 'datasets', 'methods', 'rules', 'FORMS', 'COLOUR
            'check_encoder', 'check_dataset', 'colour', 'png', 'slider', 'play']
 
 # %% ../nbs/00_core.ipynb #0d8267bd
-import difflib, importlib, inspect, json, math, os, pkgutil, random
+import contextlib, difflib, importlib, inspect, json, math, os, pkgutil, random, threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -341,20 +341,36 @@ def colour(name:str)->str:
     return COLOURS.get(name, '#999999')
 
 # %% ../nbs/00_core.ipynb #f02f1e0e
+_one_at_a_time = threading.RLock()
+
+@contextlib.contextmanager
+def _undisturbed():
+    "Jupyter may hear a click in another thread, and shows whatever is open after it: not while we draw"
+    try: from IPython import get_ipython; from matplotlib_inline.backend_inline import flush_figures as flush
+    except ImportError: get_ipython = lambda: None
+    shell = get_ipython()
+    on = shell is not None and flush in shell.events.callbacks['post_execute']
+    if on: shell.events.unregister('post_execute', flush)
+    try: yield
+    finally:
+        if on: shell.events.register('post_execute', flush)
+
 def png(
     draw,       # draws one figure
     **values,   # for `draw`
 )->bytes:       # of a PNG picture
     "What `draw` draws; no figure stays open"
     import io, matplotlib.pyplot as plt
-    before, out = set(plt.get_fignums()), io.BytesIO()
-    try:
-        draw(**values)
-        plt.savefig(out, format='png', dpi=110, bbox_inches='tight', facecolor='white')
-        return out.getvalue()
-    finally:
-        for k in set(plt.get_fignums()) - before: plt.close(k)
+    with _one_at_a_time, plt.ioff(), _undisturbed():
+        before, out = set(plt.get_fignums()), io.BytesIO()
+        try:
+            draw(**values)
+            plt.savefig(out, format='png', dpi=110, bbox_inches='tight', facecolor='white')
+            return out.getvalue()
+        finally:
+            for k in set(plt.get_fignums()) - before: plt.close(k)
 
+# %% ../nbs/00_core.ipynb #9c306687
 def slider(
     label:str,      # what it moves
     value,          # a float, or an int for whole numbers

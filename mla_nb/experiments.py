@@ -611,6 +611,8 @@ def plot_runs(
         plot_learning(read_history(f), axs=row[:2], title=f.name if len(f.name) < 40 else f.name[:24] + ' … ' + f.name[-12:])
         row[0].title.set_fontsize(8)
         plot_weights(p, row[2]); plot_confusion(p, read_json(f/'config.json', ['classes'])['classes'], row[3])
+    low, high = zip(*(ax.get_ylim() for ax in axs[:, 1]))
+    for ax in axs[:, 1]: ax.set_ylim(min(low), max(high))           # gradients on one scale
     fig.tight_layout()
     return axs
 
