@@ -376,11 +376,12 @@ def slider(
     value,          # a float, or an int for whole numbers
     low, high,      # where it ends
     step=.01,
+    em=9,           # room for the label
 ):
     "A slider that speaks when it is let go, so that dragging stays fluid"
     import ipywidgets as w
     kind = w.IntSlider if isinstance(value, int) else w.FloatSlider
-    return kind(value, min=low, max=high, step=step, description=label, continuous_update=False, style=dict(description_width='9em'), layout=dict(width='22em'))
+    return kind(value, min=low, max=high, step=step, description=label, continuous_update=False, style=dict(description_width=f'{em}em'), layout=dict(width=f'{em + 13}em'))
 
 def play(
     draw,           # draws one figure, called with the values of the controls
@@ -388,7 +389,7 @@ def play(
 ):                  # a widget: the controls, and the picture below them
     "A picture that follows its controls; a value that makes no sense is answered in one sentence"
     import html, ipywidgets as w
-    note, picture = w.HTML(), w.Image(format='png', tooltip=draw.__doc__, layout=dict(max_width='100%', align_self='flex-start'))
+    note, picture = w.HTML(), w.Image(format='png', layout=dict(max_width='100%', align_self='flex-start'))
     def show(*_):
         try: picture.value, note.value = png(draw, **{k: c.value for k, c in controls.items()}), ''
         except InputError as e: note.value = f'<b>{html.escape(str(e))}</b>'

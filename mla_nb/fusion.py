@@ -177,8 +177,8 @@ def play_fusion(
     from ipywidgets import Checkbox
     if len(mods) not in PUBLISHED: raise InputError(f"{len(mods)} modalities: the fixed rule here has weights for {' or '.join(map(str, PUBLISHED))}; name as many.")
     start = dict(zip(mods, ([2.2, 0., 0.], [0., 1.3, 0.], [0., 1.2, 0.])))
-    logit = {f'{m} {c}': slider(f'{m}, {c}', v, -5., 5., .1) for m in mods for c, v in zip(classes, start[m])}
+    logit = {f'{m} {c}': slider(f'{m}, {c}', v, -5., 5., .1, em=5) for m in mods for c, v in zip(classes, start[m])}
     def draw(**v):
         "Answers of the modalities about one sample (left), and weights and answers of four rules (right)"
         plot_fusion([[v[f'{m} {c}'] for c in classes] for m in mods], [v[m] for m in mods], mods, classes)
-    return play(draw, **logit, **{m: Checkbox(True, description=f'{m} is there') for m in mods})
+    return play(draw, **logit, **{m: Checkbox(True, description=f'{m} is there', indent=False, layout=dict(width='18em')) for m in mods})

@@ -432,6 +432,7 @@ def plot_live(
         if bayes and (m,) in bayes: axs[0].plot([k - .4, k + .4], [bayes[m,]]*2, 'k--', lw=1)
     axs[0].set_xticks(range(len(now)), list(now)); axs[0].set(ylim=(0, 1.05), ylabel='accuracy (validation)', title=f"epoch {history[-1]['epoch'] + 1}")
     plot_learning(history, bayes, axs[1:])
+    for ax in axs[1:]: ax.xaxis.get_major_locator().set_params(integer=True)
     return axs
 
 # %% ../nbs/06_learner.ipynb #861d1679

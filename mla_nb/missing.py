@@ -299,6 +299,6 @@ def browse_samples(
             ear.layout.display = 'none' if heard is None else ''
             if heard: ear.value = wav(*heard)
         plot_sample(item, s, ask and ask(item))
-    hides = {f'show {m}': w.Checkbox(True, description=f'show {m}') for m in s.modalities}
+    hides = {f'show {m}': w.Checkbox(True, description=f'show {m}', indent=False, layout=dict(width='12em')) for m in s.modalities}
     most = max(map(len, s.parts.values()))
     return w.VBox([play(draw, split=w.Dropdown(options=list(s.parts), value=split, description='split'), number=slider('sample', 0, 0, most - 1, 1), **hides), *ears.values()])
