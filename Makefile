@@ -112,6 +112,9 @@ soak: $(READY) ## kills, damaged bytes, full disks, odd input, for minutes: the 
 	OMP_NUM_THREADS=1 FAULTS_TABLE=results/faults.json $(BIN)/python -m pytest -q -m 'soak or not soak' tests/test_faults.py
 	@cat results/faults.md
 
+browser: $(READY) ## chapters in a real JupyterLab, driven by Chromium (CHROMIUM=/usr/bin/chromium, MLA_SHOTS=FOLDER keeps screenshots)
+	$(BIN)/python -m pytest -q -m browser tests/test_browser.py
+
 lab: $(READY) ## JupyterLab on the chapters
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. nbs/index.ipynb
 

@@ -7,10 +7,10 @@ __all__ = ['KINDS', 'encoders', 'datasets', 'methods', 'rules', 'checkups', 'FOR
            'nearest', 'unknown', 'Registry', 'of_kind', 'call', 'discover', 'Samples', 'Modality', 'Splits',
            'check_splits', 'take', 'to', 'Batch', 'stack', 'spread', 'collate', 'Ready', 'set_seed', 'rng_state',
            'set_rng_state', 'write_atomic', 'read_json', 'digest', 'Locked', 'locked', 'check_encoder', 'check_dataset',
-           'colour']
+           'colour', 'png', 'slider', 'play']
 
 # %% ../nbs/00_core.ipynb #0d8267bd
-import difflib, errno, hashlib, importlib, inspect, json, math, os, pkgutil, platform, random, warnings
+import contextlib, difflib, errno, hashlib, importlib, inspect, json, math, os, pkgutil, platform, random, threading, warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -416,3 +416,60 @@ COLOURS = dict(audio='#E69F00', visual='#0072B2', image='#0072B2', video='#56B4E
 def colour(name:str)->str:
     "The colour of a modality in every plot"
     return COLOURS.get(name, '#999999')
+
+# %% ../nbs/00_core.ipynb #f02f1e0e
+_one_at_a_time = threading.RLock()
+
+@contextlib.contextmanager
+def _undisturbed():
+    "Jupyter may hear a click in another thread, and shows whatever is open after it: not while we draw"
+    try: from IPython import get_ipython; from matplotlib_inline.backend_inline import flush_figures as flush
+    except ImportError: get_ipython = lambda: None
+    shell = get_ipython()
+    on = shell is not None and flush in shell.events.callbacks['post_execute']
+    if on: shell.events.unregister('post_execute', flush)
+    try: yield
+    finally:
+        if on: shell.events.register('post_execute', flush)
+
+def png(
+    draw,       # draws one figure
+    **values,   # for `draw`
+)->bytes:       # of a PNG picture
+    "What `draw` draws; no figure stays open"
+    import io, matplotlib.pyplot as plt
+    with _one_at_a_time, plt.ioff(), _undisturbed():
+        before, out = set(plt.get_fignums()), io.BytesIO()
+        try:
+            draw(**values)
+            plt.savefig(out, format='png', dpi=110, bbox_inches='tight', facecolor='white')
+            return out.getvalue()
+        finally:
+            for k in set(plt.get_fignums()) - before: plt.close(k)
+
+# %% ../nbs/00_core.ipynb #9c306687
+def slider(
+    label:str,      # what it moves
+    value,          # a float, or an int for whole numbers
+    low, high,      # where it ends
+    step=.01,
+    em=9,           # room for the label
+):
+    "A slider that speaks when it is let go, so that dragging stays fluid"
+    import ipywidgets as w
+    kind = w.IntSlider if isinstance(value, int) else w.FloatSlider
+    return kind(value, min=low, max=high, step=step, description=label, continuous_update=False, style=dict(description_width=f'{em}em'), layout=dict(width=f'{em + 13}em'))
+
+def play(
+    draw,           # draws one figure, called with the values of the controls
+    **controls,     # name -> widget
+):                  # a widget: the controls, and the picture below them
+    "A picture that follows its controls; a value that makes no sense is answered in one sentence"
+    import html, ipywidgets as w
+    note, picture = w.HTML(), w.Image(format='png', layout=dict(max_width='100%', align_self='flex-start'))
+    def show(*_):
+        try: picture.value, note.value = png(draw, **{k: c.value for k, c in controls.items()}), ''
+        except InputError as e: note.value = f'<b>{html.escape(str(e))}</b>'
+    for c in controls.values(): c.observe(show, 'value')
+    show()
+    return w.VBox([w.Box(list(controls.values()), layout=dict(flex_flow='row wrap')), note, picture])

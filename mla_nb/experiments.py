@@ -8,8 +8,9 @@ __all__ = ['PRESET', 'LIMITS', 'FULL', 'CLOSED', 'Checked', 'Described', 'Run', 
            'load_weights', 'is_main', 'checkpoints', 'read_state', 'States', 'Saver', 'Stopped', 'Stopper',
            'TensorBoard', 'make_encoders', 'make_opt', 'fused_sgd', 'environment', 'data_checksum', 'claim', 'build',
            'run', 'causes', 'mendable', 'save_pred', 'load_pred', 'load_run', 'read_history', 'plot_losses',
-           'plot_weights', 'plot_confusion', 'show_samples', 'results', 'table', 'seed_list', 'plan', 'attempt', 'grid',
-           'tune', 'compared', 'plot_compared', 'plot_curves', 'costs', 'parse', 'main', 'table_main', 'grid_main']
+           'plot_weights', 'plot_confusion', 'show_samples', 'results', 'table', 'facts', 'side_by_side', 'plot_runs',
+           'browse_runs', 'seed_list', 'plan', 'attempt', 'grid', 'tune', 'compared', 'plot_compared', 'plot_curves',
+           'costs', 'parse', 'main', 'table_main', 'grid_main']
 
 # %% ../nbs/15_experiments.ipynb #a0949d8d
 import argparse, ast, errno, hashlib, json, math, os, platform, re, shutil, signal, subprocess, sys, threading, time, warnings
@@ -689,20 +690,8 @@ def plot_confusion(p:Pred, classes, ax=None):
     ax.set(xlabel='predicted', ylabel='true')
     return share
 
-# %% ../nbs/15_experiments.ipynb #60f32417
-def _draw_item(ax, item, mod):
-    "One raw item on one axis"
-    ax.set_xticks([]); ax.set_yticks([])
-    if item is None: ax.text(.5, .5, 'absent', ha='center', va='center'); return
-    if mod.form == 'vector': ax.plot(torch.as_tensor(item).tolist(), lw=.6)
-    elif mod.kind == 'text': ax.text(.5, .5, _wrapped(item), ha='center', va='center', fontsize=8); ax.set_axis_off()
-    elif mod.form == 'wave': ax.specgram(torch.as_tensor(item).numpy(), NFFT=256, noverlap=128, Fs=mod.info.get('rate', 16000))
-    elif mod.form == 'features': ax.imshow(torch.as_tensor(item).flip(0), aspect='auto')
-    else: ax.imshow(torch.as_tensor(item if item.ndim == 3 else torch.cat(list(item), 2)).permute(1, 2, 0))
-
-def _wrapped(text, width=22):
-    import textwrap
-    return textwrap.fill(text if len(text) < 120 else text[:117] + '…', width)
+# %% ../nbs/15_experiments.ipynb #45114804
+from .missing import draw_item
 
 # %% ../nbs/15_experiments.ipynb #8e0cfd08
 def show_samples(
@@ -719,7 +708,7 @@ def show_samples(
     fig, axs = plt.subplots(len(p.mods) + 1, len(rows), figsize=(2.2 * len(rows), 1.7 * (len(p.mods) + 1)), squeeze=False)
     for col, i in zip(axs.T, rows):
         item, said = s.test[int(p.idx[i])], {**{m: l[i].softmax(0) for m, l in p.uni.items()}, 'fused': p.fused[i].softmax(0)}
-        for ax, m in zip(col, p.mods): _draw_item(ax, item['x'][m], s.modalities[m])
+        for ax, m in zip(col, p.mods): draw_item(ax, item['x'][m], s.modalities[m])
         for k, (m, prob) in enumerate(said.items()):
             guess, y = int(prob.argmax()), item['y']
             if guess != y: col[-1].barh(k, prob[guess], color=colour(m), alpha=.3); col[-1].text(.02, k, s.classes[guess], va='center', fontsize=7)
@@ -776,6 +765,67 @@ def table(
 def _mean_sd(values):
     v = torch.tensor([100 * x for x in values if x is not None], dtype=torch.double)
     return '–' if not len(v) else f'{v.mean():.1f}' + (f' ± {v.std():.1f}' if len(v) > 1 else '')
+
+# %% ../nbs/15_experiments.ipynb #7b82269a
+def facts(
+    folder,     # of a finished run
+)->dict:
+    "What a run was and what came out, as one flat dictionary"
+    about, r = (read_json(Path(folder)/f'{n}.json', ['run'], 'choose another run') for n in ('config', 'result'))
+    out = {k: ', '.join(f'{a}={b}' for a, b in v.items()) if isinstance(v, dict) else v for k, v in about['run'].items()}
+    out |= {k: r[k] for k in ('best_epoch', 'seconds', 'params') if k in r}
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in (out | {f'test {m}': v for m, v in r['test']['accuracy'].items()}).items()}
+
+def side_by_side(
+    folders:list,   # of finished runs
+)->str:             # an HTML table
+    "Options and results of some runs; what differs comes first, in bold"
+    from html import escape
+    found = [facts(f) for f in folders]
+    rows = {k: [str(f.get(k, '–')) for f in found] for k in dict.fromkeys(k for f in found for k in f)}
+    odd = [k for k, v in rows.items() if len(set(v)) > 1]
+    cells = lambda k, v, b: f"<tr><td>{b}{escape(k)}</td>" + ''.join(f'<td>{b}{escape(x)}</td>' for x in v) + '</tr>'
+    return '<table>' + ''.join(cells(k, rows[k], '<b>' if k in odd else '') for k in [*odd, *(k for k in rows if k not in odd)]) + '</table>'
+
+# %% ../nbs/15_experiments.ipynb #8f23425e
+def plot_runs(
+    folders:list,   # of finished runs, one row each
+):
+    "Accuracy, gradients, fusion weights and confusions"
+    import matplotlib.pyplot as plt
+    for f in map(Path, folders):
+        lost = [n for n in ('config.json', 'metrics.jsonl', 'predictions.safetensors') if not (f/n).exists()]
+        if lost: raise InputError(f"{f}: {lost[0]} is missing, so this run cannot be drawn; make it again in another folder.")
+    fig, axs = plt.subplots(len(folders), 4, figsize=(14, 3 * len(folders)), squeeze=False)
+    for row, f in zip(axs, map(Path, folders)):
+        p = load_pred(f)
+        plot_learning(read_history(f), axs=row[:2], title=f.name if len(f.name) < 40 else f.name[:24] + ' … ' + f.name[-12:])
+        row[0].title.set_fontsize(8)
+        plot_weights(p, row[2]); plot_confusion(p, read_json(f/'config.json', ['classes'])['classes'], row[3])
+    low, high = zip(*(ax.get_ylim() for ax in axs[:, 1]))
+    for ax in axs[:, 1]: ax.set_ylim(min(low), max(high))           # gradients on one scale
+    fig.tight_layout()
+    return axs
+
+# %% ../nbs/15_experiments.ipynb #5895ef57
+def browse_runs(
+    root='runs',    # folder of runs
+    data='data',    # folder of prepared datasets, for samples
+):                  # a widget
+    "Choose a run; see its options, curves, weights, confusion and samples, beside those of another run"
+    import ipywidgets as w
+    names = {str(Path(r['folder']).relative_to(root)): r['folder'] for r in results(root)}
+    if not names: raise InputError(f"root={str(root)!r}: no finished run there; make some with mla_run, or name another folder.")
+    about, sets = w.HTML(), {}
+    def draw(run, beside, show):
+        "The curves, weights and confusions of one or two runs, or samples with what the net said about them"
+        folders = [f for f in (run, beside) if f]
+        about.value = side_by_side(folders)
+        if show != 'samples': return plot_runs(folders)
+        if run not in sets: sets[run] = make_dataset(Run(**read_json(Path(run)/'config.json', ['run'])['run'], data=str(data)))
+        show_samples(load_pred(run), sets[run])
+    pick = lambda label, options: w.Dropdown(options=options, description=label, layout=dict(width='36em'))
+    return w.VBox([play(draw, run=pick('run', list(names.items())), beside=pick('beside', [('nothing', ''), *names.items()]), show=pick('show', ['curves, weights, confusion', 'samples'])), about])
 
 # %% ../nbs/15_experiments.ipynb #9f30a367
 def seed_list(

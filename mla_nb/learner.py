@@ -8,7 +8,7 @@ __all__ = ['sgd', 'joint_turn', 'turn_of', 'ce_loss', 'Method', 'concat', 'sum_o
            'fuse', 'opinion', 'predict', 'scores', 'predictions', 'Diverged', 'peak_memory', 'Recorder', 'Progress',
            'Schedule', 'sample_ids', 'StopOnNaN', 'Accelerate', 'OnDevice', 'tensors', 'compile_encoders', 'Augment',
            'filled', 'join', 'backward_in_pieces', 'Agreement', 'Answers', 'buckets', 'Team', 'again', 'part_of',
-           'Share', 'Shared', 'plot_learning', 'check_method']
+           'Share', 'Shared', 'plot_learning', 'plot_live', 'LiveView', 'check_method']
 
 # %% ../nbs/06_learner.ipynb #bd25aa0b
 import json, math, re, time
@@ -180,7 +180,7 @@ class Callback:
 # %% ../nbs/06_learner.ipynb #cfc91b74
 class Loop:
     "Epochs of batches, counted; what happens in a batch is the learner's business"
-    epoch, done, rng = 0, 0, None
+    epoch, done, rng, stop = 0, 0, None, False      # stop: set it, and training ends before the next batch
 
     def cb(self, hook):
         for c in self.cbs: getattr(c, hook)(self)
@@ -200,20 +200,21 @@ class Loop:
 
     def one_epoch(self):
         self.net.train()
-        for self.step, self.batch in self.left(): self.one_batch()
+        for self.step, self.batch in self.left():
+            if self.stop: return                        # cut short: the net keeps it, but it is no epoch
+            self.one_batch()
         self.done, self.rng = 0, None
         self.row = dict(epoch=self.epoch)               # callbacks fill it
         self.cb('after_epoch')
         self.history.append(self.row)
+        self.epoch += 1
 
     def fit(self, epochs:int):
         "Train until `epochs` epochs are done, counting those done before"
-        self.epochs = epochs
+        self.epochs, self.stop = epochs, False
         try:
             self.cb('before_fit')
-            while self.epoch < self.epochs:
-                self.one_epoch()
-                self.epoch += 1
+            while self.epoch < self.epochs and not self.stop: self.one_epoch()
         finally: self.cb('after_fit')
         return self
 
@@ -777,6 +778,45 @@ def plot_learning(
     axs[1].set(xlabel='epoch', ylabel='gradient norm', yscale='log')
     axs[0].figure.tight_layout()
     return axs
+
+# %% ../nbs/06_learner.ipynb #08aa7569
+def plot_live(
+    history,        # rows as the Recorder makes them
+    bayes=None,     # `Splits.bayes`, for dashed lines
+):
+    "Validation accuracy now, and the recurring plot up to now"
+    import matplotlib.pyplot as plt
+    axs, now = plt.subplots(1, 3, figsize=(11, 2.8), width_ratios=(2, 3, 3))[1], history[-1]['valid']['accuracy']
+    for k, (m, acc) in enumerate(now.items()):
+        axs[0].bar(k, acc, color=colour(m)); axs[0].text(k, acc + .02, f'{acc:.0%}', ha='center', fontsize=8)
+        if bayes and (m,) in bayes: axs[0].plot([k - .4, k + .4], [bayes[m,]]*2, 'k--', lw=1)
+    axs[0].set_xticks(range(len(now)), list(now)); axs[0].set(ylim=(0, 1.05), ylabel='accuracy (validation)', title=f"epoch {history[-1]['epoch'] + 1}")
+    plot_learning(history, bayes, axs[1:])
+    for ax in axs[1:]: ax.xaxis.get_major_locator().set_params(integer=True)
+    return axs
+
+# %% ../nbs/06_learner.ipynb #861d1679
+class LiveView(Callback):
+    "In a notebook: bars and curves after every epoch, and a button that ends training after the batch; needs a Recorder"
+    order = 40
+    def __init__(self, bayes=None): self.bayes, self.box = bayes, None      # bayes: for dashed lines
+
+    def before_fit(self, learn):
+        if not any(isinstance(c, Recorder) for c in learn.cbs): raise InputError("LiveView draws what a Recorder finds; put a Recorder() among the callbacks too.")
+        import ipywidgets as w
+        from IPython.display import display
+        steps = len(learn.dls.train)
+        self.bar, self.note = w.IntProgress(steps * learn.epoch, 0, steps * learn.epochs), w.Label()
+        self.button, self.picture = w.Button(description='Stop', icon='stop', tooltip='end training after this batch'), w.Image(format='png', layout=dict(max_width='100%', align_self='flex-start'))
+        self.button.on_click(lambda _: setattr(learn, 'stop', True))
+        self.box = w.VBox([w.HBox([self.bar, self.button, self.note]), self.picture])
+        display(self.box)
+    def after_batch(self, learn):
+        self.bar.value, self.note.value = self.bar.value + 1, f'epoch {learn.epoch + 1} of {learn.epochs}, batch {learn.step + 1}'
+    def after_epoch(self, learn): self.picture.value = png(plot_live, history=[*learn.history, learn.row], bayes=self.bayes)
+    def after_fit(self, learn):
+        if not self.box: return
+        self.button.disabled, self.note.value = True, f"{'stopped' if learn.stop else 'done'} after {learn.epoch} of {learn.epochs} epochs"
 
 # %% ../nbs/06_learner.ipynb #8ee7ca50
 def _toy(mods, n, seed):
