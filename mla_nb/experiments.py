@@ -29,9 +29,10 @@ from .fusion import *
 from .missing import FILLS, rate_text, with_missing
 from .evaluation import calibrated, temperatures
 
-# %% ../nbs/15_experiments.ipynb #499f6dcf
+# %% ../nbs/15_experiments.ipynb #559eb320
 def _opt(default, help, where=False, read=None, later=False): return field(default=default, metadata=dict(help=help, where=where, read=read, later=later))
 
+# %% ../nbs/15_experiments.ipynb #499f6dcf
 class Checked:
     "A frozen dataclass that refuses names it does not have, values of the wrong type and values out of their limits"
     def __new__(cls, *args, **kw):
@@ -45,9 +46,10 @@ class Checked:
             for n in names.split():
                 if not ok(getattr(self, n)): raise InputError(f"{n}={getattr(self, n)!r}: must be {allowed}; the default is {PRESET.get(n, self.__dataclass_fields__[n].default)!r}.")
 
-# %% ../nbs/15_experiments.ipynb #2df2dc6e
+# %% ../nbs/15_experiments.ipynb #714ffd00
 PRESET = dict(encoder='small', epochs=20, batch_size=64, lr=.1)
 
+# %% ../nbs/15_experiments.ipynb #2df2dc6e
 class Described(Checked):
     "What a run is: gaps are filled from the preset, and its folder is named after the rest"
     def __post_init__(self):
@@ -102,7 +104,7 @@ class Run(Described):
     name: str = _opt('', "folder of this run below root; empty: made from the configuration", where=True)
     progress: bool = _opt(True, 'show a progress bar', where=True)
 
-# %% ../nbs/15_experiments.ipynb #4624ad5c
+# %% ../nbs/15_experiments.ipynb #0e976a10
 LIMITS = [('epochs batch_size', lambda v: v >= 1, 'a whole number of at least 1'),
           ('lr', lambda v: 0 < v < math.inf, 'a number above 0'),
           ('momentum', lambda v: 0 <= v < 1, 'a number from 0 to below 1'),
@@ -117,6 +119,7 @@ LIMITS = [('epochs batch_size', lambda v: v >= 1, 'a whole number of at least 1'
           ('device', lambda v: v in ('auto', 'cpu'), "'auto' (a GPU where there is one) or 'cpu'"),
           ('name', lambda v: not re.search(r'[/\\]|^\.', v), 'a plain folder name, without slashes')]
 
+# %% ../nbs/15_experiments.ipynb #4624ad5c
 def _typed(f, v):
     "The value of a field in its type"
     kind = f.type if isinstance(f.type, str) else f.type.__name__
@@ -135,7 +138,7 @@ def _typed(f, v):
         noun = dict(int='a whole number', float='a number', bool='true or false', str='text', dict='options')[kind]
         raise InputError(f"{f.name}={v!r}: must be {noun}, e.g. {PRESET.get(f.name, f.default)!r} ({f.metadata['help']}).") from None
 
-# %% ../nbs/15_experiments.ipynb #a98133cb
+# %% ../nbs/15_experiments.ipynb #e96aa8ec
 def parse_args(
     v,              # 'a=1,b=text', or a dict
 )->dict:
@@ -149,12 +152,14 @@ def parse_args(
         except (ValueError, SyntaxError): out[k] = dict(true=True, false=False, none=None).get(value.lower(), value)
     return out
 
+# %% ../nbs/15_experiments.ipynb #112abc05
 def split_list(
     v,          # 'a,b(x=1,y=2)', or a list
 )->list:
     "At commas that are not inside parentheses"
     return [p.strip() for p in re.split(r',(?![^()]*\))', v) if p.strip()] if isinstance(v, str) else list(v)
 
+# %% ../nbs/15_experiments.ipynb #a98133cb
 def with_options(
     v:str,      # 'mla(norm=True)'
 )->tuple:       # ('mla', {'norm': True})
@@ -163,13 +168,14 @@ def with_options(
     if bracket and not rest.endswith(')'): raise InputError(f"{v!r}: the parenthesis is never closed; write name(option=value,…).")
     return name.strip(), parse_args(rest.removesuffix(')'))
 
-# %% ../nbs/15_experiments.ipynb #a721c099
+# %% ../nbs/15_experiments.ipynb #d7033b0e
 def make_dataset(cfg:Run)->Splits:
     "The dataset of a run, less what is to be missing"
     discover()
     s = check_splits(call(datasets[cfg.dataset], cfg.dataset_args, seed=cfg.seed, data=cfg.data))
     return with_missing(s, cfg.missing, cfg.missing_test, cfg.seed, cfg.missing_fill)
 
+# %% ../nbs/15_experiments.ipynb #a721c099
 def make_method(cfg:Run)->Method:
     "The method of a run, with its rule"
     discover()
@@ -177,7 +183,7 @@ def make_method(cfg:Run)->Method:
     if cfg.rule: method = replace(method, rule=make_rule(cfg.rule))
     return replace(method, rule=calibrated(method.rule)) if cfg.temperature else method
 
-# %% ../nbs/15_experiments.ipynb #012e3e70
+# %% ../nbs/15_experiments.ipynb #81d0f4dc
 def encoder_names(
     spec:str,           # 'small', 'audio=resnet18,image=small', 'm3ae(size=small)', 'text=hf:NAME(train_last=2)'
     modalities:dict,    # name -> Modality
@@ -193,6 +199,7 @@ def encoder_names(
     if lost: raise InputError(f"encoder={spec!r} names none for {', '.join(lost)}; name a family for all, or one for each of {', '.join(modalities)}.")
     return {m: _encoder(m, modalities[m].kind, *each[m]) for m in modalities}
 
+# %% ../nbs/15_experiments.ipynb #012e3e70
 def _encoder(m, kind, family, options):
     "hf:bert-base-uncased is the family hf with the option model"
     family, colon, model = family.partition(':')
@@ -200,7 +207,7 @@ def _encoder(m, kind, family, options):
         raise unknown(f'encoder of {kind} (for {m})', family, [k.removesuffix(f'_{kind}') for k in encoders if k.endswith(f'_{kind}')])
     return f'{family}_{kind}', {**options, **({'model': model} if colon else {})}
 
-# %% ../nbs/15_experiments.ipynb #ddcbe1f2
+# %% ../nbs/15_experiments.ipynb #d6be3ced
 def fits(
     net,            # that is to take the weights
     state:dict,     # name -> tensor
@@ -214,6 +221,7 @@ def fits(
     if odd: raise InputError(f"{where} holds the weights of another architecture: {odd[0]}" + (f" (and {len(odd) - 1} more differences)" if odd[1:] else '')
                              + "; use the encoder, method and dataset it was trained with.")
 
+# %% ../nbs/15_experiments.ipynb #ddcbe1f2
 def load_weights(
     net,    # to fill
     path,   # a run folder or a safetensors file
@@ -288,7 +296,7 @@ class TensorBoard(Callback):
                 for name, v in values.items(): self.out.add_scalar(f'{what}/{part}/{name}', v, learn.epoch)
     def after_fit(self, learn): self.out and self.out.close()
 
-# %% ../nbs/15_experiments.ipynb #3a29ab93
+# %% ../nbs/15_experiments.ipynb #1db932d9
 def make_encoders(
     names:dict,     # modality -> (name in the registry, options), from `encoder_names`
     s:Splits,       # whose training items fit the preps
@@ -301,11 +309,13 @@ def make_encoders(
         return found
     return {m: call(encoders[name], options, mod=s.modalities[m], items=None if preps else items(m), prep=(preps or {}).get(m)) for m, (name, options) in names.items()}
 
+# %% ../nbs/15_experiments.ipynb #da97fc1f
 def make_opt(cfg:Run):
     "The optimiser of a run, to be called with parameters"
     if cfg.optimizer == 'adamw': return partial(torch.optim.AdamW, lr=cfg.lr, weight_decay=cfg.weight_decay)
     return partial(torch.optim.SGD, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
 
+# %% ../nbs/15_experiments.ipynb #3a29ab93
 def environment()->dict:
     "Versions, machine and commit, to be stored with every result"
     from importlib.metadata import version, PackageNotFoundError
@@ -317,7 +327,7 @@ def environment()->dict:
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', threads=torch.get_num_threads(),
                 commit=git.stdout.strip() if git and git.returncode == 0 else None)
 
-# %% ../nbs/15_experiments.ipynb #e277c478
+# %% ../nbs/15_experiments.ipynb #04958ce1
 def data_checksum(
     cfg:Run,
 )->str|None:    # None: made on the fly from its options, or not there
@@ -326,6 +336,7 @@ def data_checksum(
     meta = where and where(**{'data': cfg.data, **cfg.dataset_args})/'dataset.json'
     return read_json(meta, ['sha256'], 'prepare the dataset again with --force')['sha256'] if meta and meta.exists() else None
 
+# %% ../nbs/15_experiments.ipynb #e277c478
 def claim(
     cfg:Run,
 )->dict|None:   # the result, if this very run is already finished
@@ -343,7 +354,7 @@ def claim(
         raise InputError(f"{cfg.folder} was trained on another version of the dataset {cfg.dataset!r} than is in {cfg.data} now; choose another name or root, or {todo}.")
     return read_json(done, ['id', 'run', 'test', 'valid'], todo) if done.exists() else None
 
-# %% ../nbs/15_experiments.ipynb #def54819
+# %% ../nbs/15_experiments.ipynb #37585f95
 def build(
     cfg:Run, s:Splits,
     preps=None,     # stored preps, when resuming
@@ -363,6 +374,7 @@ def build(
     dls = loaders(s, {m: e.prep for m, e in net.encs.items()}, cfg.batch_size, cfg.seed, cfg.workers, pin=cfg.device == 'auto' and torch.cuda.is_available())
     return Learner(net, dls, method, make_opt(cfg), _callbacks(cfg), cfg.seed)
 
+# %% ../nbs/15_experiments.ipynb #def54819
 def _callbacks(cfg):
     both = [Accelerate(cfg.device, cfg.precision), Schedule(cfg.schedule), StopOnNaN(), Recorder(), Saver(cfg.folder)]
     if not is_main(): return both
@@ -391,23 +403,26 @@ def run(
     if torch.distributed.is_initialized(): torch.distributed.barrier()
     return claim(cfg)
 
-# %% ../nbs/15_experiments.ipynb #53cf9008
+# %% ../nbs/15_experiments.ipynb #5464156e
 def _forget(folder, was_there):
     "Remove what a run wrote before its first checkpoint, and nothing else"
     if not was_there: return shutil.rmtree(folder, ignore_errors=True)
     for name in ('config.json', 'preps.json'): (folder/name).unlink(missing_ok=True)
     shutil.rmtree(folder/'tensorboard', ignore_errors=True)
 
+# %% ../nbs/15_experiments.ipynb #a8ce708c
 def _plain(x):
     "Numbers that JSON has no word for become null"
     if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)): return [_plain(v) for v in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
+# %% ../nbs/15_experiments.ipynb #4a7e6626
 def _recipes(cfg, net, mods):
     "How to build each encoder again; `recipe` replaces options that would look something up elsewhere"
     return {m: dict(name=name, options=getattr(net.encs[m], 'recipe', options)) for m, (name, options) in encoder_names(cfg.encoder, mods).items()}
 
+# %% ../nbs/15_experiments.ipynb #855d224b
 def _describe(cfg, s, learn):
     "config.json and preps.json: what is needed to build the net again without the data"
     mods = {m: s.modalities[m] for m in learn.net.encs}
@@ -416,6 +431,7 @@ def _describe(cfg, s, learn):
     write_atomic(cfg.folder/'config.json', json.dumps(about, indent=1))
     write_atomic(cfg.folder/'preps.json', json.dumps({m: asdict(e.prep) for m, e in learn.net.encs.items()}))
 
+# %% ../nbs/15_experiments.ipynb #53cf9008
 def _finish(cfg, s, learn):
     "Test the epoch that validation chose, once"
     load_weights(learn.net, cfg.folder)
@@ -428,13 +444,14 @@ def _finish(cfg, s, learn):
                seconds=sum(r['seconds'] for r in learn.history), params=sum(q.numel() for q in learn.net.parameters()), environment=environment())
     write_atomic(cfg.folder/'result.json', json.dumps(_plain(out), indent=1))
 
-# %% ../nbs/15_experiments.ipynb #bb305d60
+# %% ../nbs/15_experiments.ipynb #64e2fc68
 def save_pred(p:Pred, path):
     "Store predictions as safetensors"
     from safetensors.torch import save_file
     x = {k: v.contiguous() for k, v in vars(p).items() if isinstance(v, torch.Tensor)}
     write_atomic(path, lambda part: save_file(x, part, metadata=dict(mods=','.join(p.mods))))
 
+# %% ../nbs/15_experiments.ipynb #bb305d60
 def load_pred(path)->Pred:
     "Predictions from a run folder or a file"
     from safetensors import safe_open
@@ -461,11 +478,12 @@ def load_run(
     load_weights(net, folder)
     return net.eval(), method, about
 
-# %% ../nbs/15_experiments.ipynb #027c4e3f
+# %% ../nbs/15_experiments.ipynb #4397d04e
 def read_history(folder)->list:
     "The rows of metrics.jsonl"
     return [json.loads(line) for line in (Path(folder)/'metrics.jsonl').read_text().splitlines()]
 
+# %% ../nbs/15_experiments.ipynb #027c4e3f
 def plot_losses(folder, ax=None):
     "Training loss per turn (solid) and validation loss per modality (dashed)"
     import matplotlib.pyplot as plt
@@ -476,7 +494,7 @@ def plot_losses(folder, ax=None):
     ax.set(xlabel='epoch', ylabel='cross-entropy'); ax.legend(fontsize=6)
     return ax
 
-# %% ../nbs/15_experiments.ipynb #de60cb57
+# %% ../nbs/15_experiments.ipynb #8ade907a
 def plot_weights(p:Pred, ax=None):
     "How the fusion rule weights the modalities: one histogram each"
     import matplotlib.pyplot as plt
@@ -486,6 +504,7 @@ def plot_weights(p:Pred, ax=None):
     ax.set(xlabel='fusion weight', ylabel='test samples'); ax.legend(fontsize=7)
     return ax
 
+# %% ../nbs/15_experiments.ipynb #de60cb57
 def plot_confusion(p:Pred, classes, ax=None):
     "Fused confusion matrix in % of the true class; the diagonal is right"
     import matplotlib.pyplot as plt
@@ -501,7 +520,7 @@ def plot_confusion(p:Pred, classes, ax=None):
     ax.set(xlabel='predicted', ylabel='true')
     return share
 
-# %% ../nbs/15_experiments.ipynb #60f32417
+# %% ../nbs/15_experiments.ipynb #a8a75956
 def _draw_item(ax, item, mod):
     "One raw item on one axis"
     ax.set_xticks([]); ax.set_yticks([])
@@ -511,6 +530,7 @@ def _draw_item(ax, item, mod):
     elif mod.form == 'features': ax.imshow(torch.as_tensor(item).flip(0), aspect='auto')
     else: ax.imshow(torch.as_tensor(item if item.ndim == 3 else torch.cat(list(item), 2)).permute(1, 2, 0))
 
+# %% ../nbs/15_experiments.ipynb #60f32417
 def _wrapped(text, width=22):
     import textwrap
     return textwrap.fill(text if len(text) < 120 else text[:117] + '…', width)
@@ -539,7 +559,7 @@ def show_samples(
     fig.tight_layout()
     return rows
 
-# %% ../nbs/15_experiments.ipynb #537725aa
+# %% ../nbs/15_experiments.ipynb #89bb273b
 def results(
     root='runs',    # folder of runs
 )->list[dict]:      # what their result.json hold, and the 'folder' each lies in
@@ -551,16 +571,18 @@ def results(
         except InputError as e: warnings.warn(str(e))
     return found
 
+# %% ../nbs/15_experiments.ipynb #537725aa
 def _variant(r):
     "What a row of the table stands for: everything but the seed"
     what = {k: v for k, v in {**asdict(Run()), **r['run']}.items() if k in Run().what and k != 'seed'}
     return json.dumps(what, sort_keys=True)
 
-# %% ../nbs/15_experiments.ipynb #cbf52f72
+# %% ../nbs/15_experiments.ipynb #3631d9b4
 def _base(what)->dict:
     "What a run on this dataset is when nothing else is said"
     return asdict(Run(dataset=what['dataset'])) if what['dataset'] in datasets else asdict(Run())
 
+# %% ../nbs/15_experiments.ipynb #d2921250
 def table(
     root='runs',    # folder of runs, or a list as `results` gives it
 )->str:             # Markdown
@@ -582,11 +604,12 @@ def table(
     lines += [f"| {data} | *best possible* | | {' | '.join(_mean_sd([b.get(m)]) for m in ['fused', *mods])} |" for data, b in bounds.items()]
     return '\n'.join(lines)
 
+# %% ../nbs/15_experiments.ipynb #cbf52f72
 def _mean_sd(values):
     v = torch.tensor([100 * x for x in values if x is not None], dtype=torch.double)
     return '–' if not len(v) else f'{v.mean():.1f}' + (f' ± {v.std():.1f}' if len(v) > 1 else '')
 
-# %% ../nbs/15_experiments.ipynb #9f30a367
+# %% ../nbs/15_experiments.ipynb #3ddf47a8
 def seed_list(
     v,          # '0:5', '0,3' or a list
 )->list:
@@ -595,6 +618,7 @@ def seed_list(
     try: return [s for part in v.split(',') for s in (range(*map(int, part.split(':'))) if ':' in part else [int(part)])]
     except (ValueError, TypeError): raise InputError(f"seed={v!r}: must be numbers such as 0,1,2 or a range such as 0:5 (five seeds).") from None
 
+# %% ../nbs/15_experiments.ipynb #9f30a367
 def plan(
     datasets,       # 'digits,synthetic(preset=lazy)' or a list
     methods,        # 'mla,unimodal' or a list
@@ -612,12 +636,13 @@ def plan(
     for r in runs: make_method(r)               # wrong names are found before anything is trained
     return runs
 
-# %% ../nbs/15_experiments.ipynb #e89815ea
+# %% ../nbs/15_experiments.ipynb #3827dfb1
 def attempt(cfg:Run)->dict:
     "A run that takes no other down: its result, or {'error': what went wrong}"
     try: return run(cfg)
     except Exception as e: return dict(id=cfg.id, error=f'{type(e).__name__}: {e}')
 
+# %% ../nbs/15_experiments.ipynb #c06d9f8f
 def _side_by_side(runs, jobs):
     "Yield (number, result) as they come, from `jobs` processes"
     left, alone = dict(enumerate(runs)), []
@@ -637,6 +662,7 @@ def _side_by_side(runs, jobs):
                     yield i, dict(id=left.pop(i).id, error='its process died (killed, or out of memory: try a smaller batch_size)')
         alone = [i for i in alone if i in left]
 
+# %% ../nbs/15_experiments.ipynb #e89815ea
 def _on_cluster(runs, scheduler):
     "Yield (number, result) as they come, from the workers of a Dask scheduler that share our folders"
     try: from distributed import Client, as_completed
@@ -648,7 +674,7 @@ def _on_cluster(runs, scheduler):
         for f in as_completed(futures):
             yield futures[f], f.result() if f.status == 'finished' else dict(id=runs[futures[f]].id, error=f'its worker failed: {f.exception()!r}')
 
-# %% ../nbs/15_experiments.ipynb #25995748
+# %% ../nbs/15_experiments.ipynb #75a0059b
 def grid(
     runs:list,          # of `Run`, as `plan` makes them
     jobs:int=1,         # processes on this machine; 1: this one
@@ -669,6 +695,7 @@ def grid(
             bar.update()
     return [found[i] for i in range(len(runs))]
 
+# %% ../nbs/15_experiments.ipynb #25995748
 def _done(cfg):
     try: return claim(cfg)
     except InputError as e: return dict(id=cfg.id, error=str(e))
@@ -692,9 +719,10 @@ def tune(
             for k, c in groups.items() for lr in lrs]
     return [replace(c, lr=best[key(c)]) for c in runs], rows
 
-# %% ../nbs/15_experiments.ipynb #6a03449f
+# %% ../nbs/15_experiments.ipynb #a5f5120f
 def _options(args): return '(' + ', '.join(f'{k}={v}' for k, v in args.items()) + ')' if args else ''
 
+# %% ../nbs/15_experiments.ipynb #b2f879a8
 def compared(
     root,           # folder of runs
     dataset='',     # only this one
@@ -709,6 +737,7 @@ def compared(
     if not out: raise InputError(f"root={str(root)!r}: no finished run{f' on {dataset}' if dataset else ''} there; make some with mla_grid, or name another folder.")
     return out
 
+# %% ../nbs/15_experiments.ipynb #65757ce8
 def plot_compared(data, group):
     "Test accuracy of each method, fused and per modality, with 95% intervals"
     import matplotlib.pyplot as plt
@@ -727,12 +756,13 @@ def plot_compared(data, group):
     fig.tight_layout()
     return axs
 
+# %% ../nbs/15_experiments.ipynb #6a03449f
 def _half_width(v):
     "Half of the 95% interval of a mean (Student's t); 0 for a single value"
     from scipy.stats import t
     return float(t.ppf(.975, len(v) - 1) * v.std() / len(v)**.5) if len(v) > 1 else 0.
 
-# %% ../nbs/15_experiments.ipynb #57f1ad92
+# %% ../nbs/15_experiments.ipynb #3f00a48f
 def plot_curves(data, group):
     "Fused validation accuracy over epochs, the mean over seeds"
     import matplotlib.pyplot as plt
@@ -744,6 +774,7 @@ def plot_curves(data, group):
     ax.set(xlabel='epoch', ylabel='accuracy (validation), fused', title=data); ax.legend(fontsize=6, ncols=2)
     return ax
 
+# %% ../nbs/15_experiments.ipynb #57f1ad92
 def costs(groups)->str:
     "Seconds and peak memory per epoch, as a Markdown table"
     lines = ['| dataset | method | seconds per epoch | MiB | parameters |', '|---|---|---|---|---|']
@@ -754,7 +785,7 @@ def costs(groups)->str:
             lines.append(f"| {data} | {name} | {sum(h['seconds'] for h in history) / len(history):.2f} | {f'{max(memory):.0f}' if memory else '–'} | {rows[0]['params']:,} |")
     return '\n'.join(lines)
 
-# %% ../nbs/15_experiments.ipynb #3973c840
+# %% ../nbs/15_experiments.ipynb #deae3937
 def parse(
     argv,           # e.g. ['--method', 'mla']
     every=True,     # False: only what was given, as a dict
@@ -771,11 +802,13 @@ def parse(
     said = {k: v for k, v in vars(given).items() if v is not None}
     return Run(**said) if every else said
 
+# %% ../nbs/15_experiments.ipynb #ea4c4b61
 def _epilog():
     discover()
     families = sorted({k.rsplit('_', 1)[0] for k in encoders})
     return '\n'.join(f'{k:9} {", ".join(sorted(v))}' for k, v in dict(datasets=datasets, methods=methods, encoders=families, rules=rules).items())
 
+# %% ../nbs/15_experiments.ipynb #f23f51fd
 def main(argv=None):
     "Entry point of `mla_run`"
     try:
@@ -785,6 +818,7 @@ def main(argv=None):
     except OSError as e: sys.exit(f'mla_run: cannot read or write {e.filename}: {e.strerror}; choose another --root or --data, or make room there.')
     except KeyboardInterrupt: sys.exit('mla_run: stopped; the same command goes on where it stopped')
 
+# %% ../nbs/15_experiments.ipynb #3973c840
 def table_main(argv=None):
     "Entry point of `mla_table`"
     p = argparse.ArgumentParser('mla_table', description='Test accuracy of all runs below a folder, as a Markdown table.')
@@ -794,7 +828,7 @@ def table_main(argv=None):
     if not results(root): sys.exit(f'mla_table: no finished run below {root}; make one with mla_run, or name another folder.')
     print(table(root))
 
-# %% ../nbs/15_experiments.ipynb #a44e8b03
+# %% ../nbs/15_experiments.ipynb #79c4bc8d
 def _grid_parser():
     p = argparse.ArgumentParser('mla_grid', description='Run datasets x methods x seeds; what is done is not done again. Every flag of mla_run holds for all runs.', allow_abbrev=False)
     p.add_argument('--dataset', default='synthetic', help="e.g. 'digits(split=speaker),synthetic' (default: synthetic)")
@@ -806,6 +840,7 @@ def _grid_parser():
     p.add_argument('--scheduler', default='', help='tcp://... of a Dask scheduler, to run on a cluster')
     return p
 
+# %% ../nbs/15_experiments.ipynb #a44e8b03
 def grid_main(argv=None):
     "Entry point of `mla_grid`"
     try:

@@ -76,9 +76,10 @@ def check_rule(
             assert torch.allclose(rule(logits[:, i:i+1], present[:, i:i+1])[:, 0], w[:, i], atol=1e-5), "a sample's weights depend on its batch mates"
         assert not rule(logits, torch.zeros_like(present)).any(), "a sample without any modality has weights"
 
-# %% ../nbs/11_fusion.ipynb #d2086044
+# %% ../nbs/11_fusion.ipynb #a6c929b1
 PUBLISHED = {2: (.55, .45), 3: (.35, .25, .40)}     # audio, visual(, text), as in the released code
 
+# %% ../nbs/11_fusion.ipynb #d2086044
 def share(
     weights,    # M numbers
     present,    # (M,B) bool

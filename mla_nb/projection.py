@@ -15,7 +15,7 @@ from .core import *
 from .heads import *
 from .learner import *
 
-# %% ../nbs/10_projection.ipynb #f5427d72
+# %% ../nbs/10_projection.ipynb #f510eb7b
 def update_projection(
     P,          # (D,D)
     r,          # (D,) mean feature of a turn
@@ -29,6 +29,7 @@ def update_projection(
     else: P = P - torch.outer(k, k) / (lam + torch.outer(k, r))
     return P / P.norm() if norm else P
 
+# %% ../nbs/10_projection.ipynb #f5427d72
 def project(
     grad,       # (C,D) gradient of a linear layer's weight
     P,          # (D,D)

@@ -30,12 +30,19 @@ def rank_loss(
     gap = history - history.roll(-1)
     return (gap.sign() * (conf - conf.roll(-1)) - gap.abs()).clamp(min=0).mean()
 
+# %% ../../nbs/08_confidence.ipynb #46ab07d8
+def _scaled(
+    h,          # (B,) histories
+    met,        # (N,) those of all samples that were met
+):              # (B,) between 0 and 1
+    "Histories between the smallest and the largest of all"
+    low, high = (met.min(), met.max()) if len(met) else (0., h.max())
+    return (h - low) / (high - low).clamp(min=1e-12)
+
 # %% ../../nbs/08_confidence.ipynb #eb42a4fd
 class QMFLoss(Callback):
     "The loss of QMF, with the history it keeps (arXiv 2306.02050); both a `loss` and an edit of a `Method`"
-    def __init__(self,
-        branch:str='av',            # 'av' or 'm3ae': which published sum of terms
-    ):
+    def __init__(self, branch:str='av'):            # 'av' or 'm3ae': which published sum of terms
         if branch not in ('av', 'm3ae'): raise unknown('branch of QMF', branch, ['av', 'm3ae'])
         self.branch, self.history, self.later = branch, None, False      # later: after the first epoch
 
@@ -47,9 +54,7 @@ class QMFLoss(Callback):
         "Add this turn's losses to the history; returns those of the rows, scaled to 0…1 over all samples that have the modality"
         h = self.history[m] = self.history[m].to(ce.device, ce.dtype)
         h[rows] += ce
-        met = h[h > 0] if self.later else h             # who was never met by now never will be: it lacks the modality
-        low, high = (met.min(), met.max()) if len(met) else (0., h.max())
-        return (h[rows] - low) / (high - low).clamp(min=1e-12)
+        return _scaled(h[rows], h[h > 0] if self.later else h)           # who was never met by now never will be: it lacks the modality
 
     def terms(self, logits, y, idx, present):
         "Per modality, over the rows that have it: cross-entropies (B,), ranking loss"
@@ -71,7 +76,7 @@ class QMFLoss(Callback):
     def state_dict(self): return {m: h.cpu() for m, h in (self.history or {}).items()}
     def load_state_dict(self, state): self.history = dict(state)
 
-# %% ../../nbs/08_confidence.ipynb #6c9a4041
+# %% ../../nbs/08_confidence.ipynb #74e01b3f
 def energy(
     logits,     # (M,B,C)
     present,    # (M,B) bool
@@ -82,6 +87,7 @@ def energy(
 
 rules(energy)
 
+# %% ../../nbs/08_confidence.ipynb #6c9a4041
 @methods
 def qmf(
     branch:str='av',    # 'av' (with the fused term) or 'm3ae'
