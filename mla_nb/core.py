@@ -20,10 +20,11 @@ import numpy as np, torch
 from torch import tensor
 from torch.utils.data import Dataset
 
-# %% ../nbs/00_core.ipynb #0a68575b
+# %% ../nbs/00_core.ipynb #7a17c41e
 class InputError(ValueError):
     "A wrong input. The message says what was given, what is allowed and what to try."
 
+# %% ../nbs/00_core.ipynb #0a68575b
 class UnknownName(InputError, KeyError):
     "A name that nothing is registered under"
     __str__ = Exception.__str__     # KeyError's own would put the sentence in quotes
@@ -58,9 +59,10 @@ class Registry(dict):
 
     def __missing__(self, name): raise unknown(self.kind, name, self)
 
-# %% ../nbs/00_core.ipynb #96beb7b5
+# %% ../nbs/00_core.ipynb #8b2ec13c
 KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', type(None): 'none'}
 
+# %% ../nbs/00_core.ipynb #22db639e
 def of_kind(
     name:str,       # of the option
     v,              # its value
@@ -79,6 +81,7 @@ def of_kind(
         if not math.isfinite(v) or low is not None and v < low or high is not None and v > high: raise wrong
     return v
 
+# %% ../nbs/00_core.ipynb #96beb7b5
 def call(
     factory,        # from a registry
     options:dict,   # by the user
@@ -130,9 +133,10 @@ class Samples(Dataset):
         "(N,) bool: which samples hold modality `m`"
         return tensor([v is not None for v in self.x[m]])
 
-# %% ../nbs/00_core.ipynb #c78fdf58
+# %% ../nbs/00_core.ipynb #000797e7
 FORMS = dict(audio=('wave', 'features', 'vector'), visual=('image', 'frames', 'vector'), text=('text', 'vector'))
 
+# %% ../nbs/00_core.ipynb #c78fdf58
 @dataclass
 class Modality:
     "What the items of one modality are"
@@ -178,7 +182,7 @@ def check_splits(
                                   "but in no training sample; every class tested must be trained.")
     return s
 
-# %% ../nbs/00_core.ipynb #bc999d6c
+# %% ../nbs/00_core.ipynb #c6a7ae9e
 def take(
     x,            # a tensor, or a dict of tensors
     rows,         # (K,) row numbers
@@ -191,6 +195,11 @@ def to(x, device):
     "Move a tensor, or a dict of tensors"
     if isinstance(x, dict): return {k: to(v, device) for k, v in x.items()}
     return x.to(device, non_blocking=True)
+
+# %% ../nbs/00_core.ipynb #bc999d6c
+def _pin(x):
+    "Pin a tensor, or a dict of tensors, for a faster way to a GPU"
+    return {k: _pin(v) for k, v in x.items()} if isinstance(x, dict) else x.pin_memory()
 
 # %% ../nbs/00_core.ipynb #a06aecba
 @dataclass
@@ -211,8 +220,7 @@ class Batch:
 
     def take(self, rows)->'Batch':
         "The batch of these rows"
-        return Batch({m: take(v, rows) for m, v in self.x.items()}, take(self.y, rows),
-                     {m: p[rows] for m, p in self.present.items()}, take(self.idx, rows))
+        return Batch(take(self.x, rows), take(self.y, rows), {m: p[rows] for m, p in self.present.items()}, take(self.idx, rows))
 
     def only(self, mods)->'Batch':
         "Just these modalities, and the rows that have any of them"
@@ -225,18 +233,18 @@ class Batch:
 
     def to(self, device, **_)->'Batch':
         "Inputs and labels on `device`; the flags stay where they are"
-        return Batch({m: to(v, device) for m, v in self.x.items()}, to(self.y, device), self.present, to(self.idx, device))
+        return Batch(to(self.x, device), to(self.y, device), self.present, to(self.idx, device))
 
     def pin_memory(self)->'Batch':
         "For a DataLoader with `pin_memory=True`"
-        pin = lambda v: {k: pin(w) for k, w in v.items()} if isinstance(v, dict) else v.pin_memory()
-        return Batch({m: pin(v) for m, v in self.x.items()}, pin(self.y), self.present, pin(self.idx))
+        return Batch(_pin(self.x), _pin(self.y), self.present, _pin(self.idx))
 
-# %% ../nbs/00_core.ipynb #dc39532f
+# %% ../nbs/00_core.ipynb #86c54272
 def stack(items)->torch.Tensor:
     "The plainest prep: items of one shape become one tensor"
     return torch.stack([torch.as_tensor(i) for i in items])
 
+# %% ../nbs/00_core.ipynb #dc39532f
 def spread(
     x,       # (K,…) rows of those present
     here,    # (B,) bool, K of them true

@@ -32,9 +32,10 @@ from .fusion import *
 from .missing import FILLS, rate_text, with_missing
 from .evaluation import calibrated, temperatures
 
-# %% ../nbs/15_experiments.ipynb #499f6dcf
+# %% ../nbs/15_experiments.ipynb #559eb320
 def _opt(default, help, where=False, read=None, later=False): return field(default=default, metadata=dict(help=help, where=where, read=read, later=later))
 
+# %% ../nbs/15_experiments.ipynb #499f6dcf
 class Checked:
     "A frozen dataclass that refuses names it does not have, values of the wrong type and values out of their limits"
     def __new__(cls, *args, **kw):
@@ -48,9 +49,10 @@ class Checked:
             for n in names.split():
                 if not ok(getattr(self, n)): raise InputError(f"{n}={getattr(self, n)!r}: must be {allowed}; the default is {PRESET.get(n, self.__dataclass_fields__[n].default)!r}.")
 
-# %% ../nbs/15_experiments.ipynb #2df2dc6e
+# %% ../nbs/15_experiments.ipynb #714ffd00
 PRESET = dict(encoder='small', epochs=20, batch_size=64, lr=.1)
 
+# %% ../nbs/15_experiments.ipynb #2df2dc6e
 class Described(Checked):
     "What a run is: gaps are filled from the preset, and its folder is named after the rest"
     def __post_init__(self):
@@ -115,7 +117,7 @@ class Run(Described):
     save_every: float = _opt(10., 'minutes between checkpoints within an epoch; 0: only at its end', where=True)
     keep: int = _opt(2, 'checkpoints to keep, should the last one be damaged', where=True)
 
-# %% ../nbs/15_experiments.ipynb #4624ad5c
+# %% ../nbs/15_experiments.ipynb #0e976a10
 LIMITS = [('epochs batch_size', lambda v: v >= 1, 'a whole number of at least 1'),
           ('lr', lambda v: 0 < v < math.inf, 'a number above 0'),
           ('momentum', lambda v: 0 <= v < 1, 'a number from 0 to below 1'),
@@ -135,6 +137,7 @@ LIMITS = [('epochs batch_size', lambda v: v >= 1, 'a whole number of at least 1'
           ('device', lambda v: v in ('auto', 'cpu'), "'auto' (a GPU where there is one) or 'cpu'"),
           ('name', lambda v: not re.search(r'[/\\]|^\.', v), 'a plain folder name, without slashes')]
 
+# %% ../nbs/15_experiments.ipynb #4624ad5c
 def _typed(f, v):
     "The value of a field in its type"
     kind = f.type if isinstance(f.type, str) else f.type.__name__
@@ -154,7 +157,7 @@ def _typed(f, v):
         noun = dict(int='a whole number', float='a number', bool='true or false', str='text', dict='options')[kind]
         raise InputError(f"{f.name}={v!r}: must be {noun}, e.g. {PRESET.get(f.name, f.default)!r} ({f.metadata['help']}).") from None
 
-# %% ../nbs/15_experiments.ipynb #a98133cb
+# %% ../nbs/15_experiments.ipynb #e96aa8ec
 def parse_args(
     v,              # 'a=1,b=text', or a dict
 )->dict:
@@ -168,12 +171,14 @@ def parse_args(
         except (ValueError, SyntaxError): out[k] = dict(true=True, false=False, none=None).get(value.lower(), value)
     return out
 
+# %% ../nbs/15_experiments.ipynb #112abc05
 def split_list(
     v,          # 'a,b(x=1,y=2)', or a list
 )->list:
     "At commas that are not inside parentheses"
     return [p.strip() for p in re.split(r',(?![^()]*\))', v) if p.strip()] if isinstance(v, str) else list(v)
 
+# %% ../nbs/15_experiments.ipynb #a98133cb
 def with_options(
     v:str,      # 'mla(norm=True)'
 )->tuple:       # ('mla', {'norm': True})
@@ -182,13 +187,14 @@ def with_options(
     if bracket and not rest.endswith(')'): raise InputError(f"{v!r}: the parenthesis is never closed; write name(option=value,…).")
     return name.strip(), parse_args(rest.removesuffix(')'))
 
-# %% ../nbs/15_experiments.ipynb #a721c099
+# %% ../nbs/15_experiments.ipynb #d7033b0e
 def make_dataset(cfg:Run)->Splits:
     "The dataset of a run, less what is to be missing"
     discover()
     s = check_splits(call(datasets[cfg.dataset], cfg.dataset_args, seed=cfg.seed, data=cfg.data))
     return with_missing(s, cfg.missing, cfg.missing_test, cfg.seed, cfg.missing_fill)
 
+# %% ../nbs/15_experiments.ipynb #a721c099
 def make_method(cfg:Run)->Method:
     "The method of a run, with its rule"
     discover()
@@ -196,7 +202,7 @@ def make_method(cfg:Run)->Method:
     if cfg.rule: method = replace(method, rule=make_rule(cfg.rule))
     return replace(method, rule=calibrated(method.rule)) if cfg.temperature else method
 
-# %% ../nbs/15_experiments.ipynb #012e3e70
+# %% ../nbs/15_experiments.ipynb #81d0f4dc
 def encoder_names(
     spec:str,           # 'small', 'audio=resnet18,image=small', 'm3ae(size=small)', 'text=hf:NAME(train_last=2)'
     modalities:dict,    # name -> Modality
@@ -269,7 +275,7 @@ def check_seal(
 
 def _sha256(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-# %% ../nbs/15_experiments.ipynb #ddcbe1f2
+# %% ../nbs/15_experiments.ipynb #d6be3ced
 def fits(
     net,            # that is to take the weights
     state:dict,     # name -> tensor
@@ -283,6 +289,7 @@ def fits(
     if odd: raise InputError(f"{where} holds the weights of another architecture: {odd[0]}" + (f" (and {len(odd) - 1} more differences)" if odd[1:] else '')
                              + "; use the encoder, method and dataset it was trained with.")
 
+# %% ../nbs/15_experiments.ipynb #ddcbe1f2
 def load_weights(
     net,    # to fill
     path,   # a run folder or a safetensors file
@@ -435,7 +442,7 @@ class TensorBoard(Callback):
                 for name, v in values.items(): self.out.add_scalar(f'{what}/{part}/{name}', v, learn.epoch)
     def after_fit(self, learn): self.out and self.out.close()
 
-# %% ../nbs/15_experiments.ipynb #3a29ab93
+# %% ../nbs/15_experiments.ipynb #1db932d9
 def make_encoders(
     names:dict,     # modality -> (name in the registry, options), from `encoder_names`
     s:Splits,       # whose training items fit the preps
@@ -448,6 +455,7 @@ def make_encoders(
         return found
     return {m: call(encoders[name], options, mod=s.modalities[m], items=None if preps else items(m), prep=(preps or {}).get(m)) for m, (name, options) in names.items()}
 
+# %% ../nbs/15_experiments.ipynb #da97fc1f
 def make_opt(cfg:Run):
     "The optimiser of a run, to be called with parameters"
     fused = dict(fused=True) if cfg.fused else {}
@@ -472,7 +480,7 @@ def environment()->dict:
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', threads=torch.get_num_threads(),
                 commit=git.stdout.strip() if git and git.returncode == 0 else None)
 
-# %% ../nbs/15_experiments.ipynb #e277c478
+# %% ../nbs/15_experiments.ipynb #04958ce1
 def data_checksum(
     cfg:Run,
 )->str|None:    # None: made on the fly from its options, or not there
@@ -481,6 +489,7 @@ def data_checksum(
     meta = where and where(**{'data': cfg.data, **cfg.dataset_args})/'dataset.json'
     return read_json(meta, ['sha256'], 'prepare the dataset again with --force')['sha256'] if meta and meta.exists() else None
 
+# %% ../nbs/15_experiments.ipynb #e277c478
 def claim(
     cfg:Run,
 )->dict|None:   # the result, if this very run is already finished
@@ -500,7 +509,7 @@ def claim(
     check_seal(cfg.folder, 'config.json', todo=todo)
     return read_json(done, ['id', 'run', 'test', 'valid'], todo) if done.exists() else None
 
-# %% ../nbs/15_experiments.ipynb #def54819
+# %% ../nbs/15_experiments.ipynb #37585f95
 def build(
     cfg:Run, s:Splits,
     preps=None,     # stored preps, when resuming
@@ -551,7 +560,7 @@ def run(
     if torch.distributed.is_initialized(): torch.distributed.barrier()
     return claim(cfg)
 
-# %% ../nbs/15_experiments.ipynb #53cf9008
+# %% ../nbs/15_experiments.ipynb #5464156e
 def _forget(folder, was_there):
     "Remove what a run wrote before its first checkpoint, and nothing else; what was not a number stays written down"
     if not was_there and not (folder/'nan.json').exists(): return shutil.rmtree(folder, ignore_errors=True)
@@ -565,10 +574,12 @@ def _plain(x):
     if isinstance(x, (list, tuple)): return [_plain(v) for v in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
+# %% ../nbs/15_experiments.ipynb #4a7e6626
 def _recipes(cfg, net, mods):
     "How to build each encoder again; `recipe` replaces options that would look something up elsewhere"
     return {m: dict(name=name, options=getattr(net.encs[m], 'recipe', options)) for m, (name, options) in encoder_names(cfg.encoder, mods).items()}
 
+# %% ../nbs/15_experiments.ipynb #855d224b
 def _describe(cfg, s, learn):
     "config.json and preps.json: what is needed to build the net again without the data"
     mods = {m: s.modalities[m] for m in learn.net.encs}
@@ -617,7 +628,7 @@ def mendable(
         if 'DataLoader worker' in text: return InputError(f"a process that prepares batches has died ({text.split(chr(10))[0][:120]}); it may have been killed for want of memory: try fewer workers than {cfg.workers}; {again}.")
     return e
 
-# %% ../nbs/15_experiments.ipynb #bb305d60
+# %% ../nbs/15_experiments.ipynb #64e2fc68
 def save_pred(p:Pred, path):
     "Store predictions as safetensors"
     save_tensors({k: v for k, v in vars(p).items() if isinstance(v, torch.Tensor)}, path, mods=','.join(p.mods))
@@ -649,7 +660,7 @@ def load_run(
     load_weights(net, folder)
     return net.eval(), method, about
 
-# %% ../nbs/15_experiments.ipynb #027c4e3f
+# %% ../nbs/15_experiments.ipynb #4397d04e
 def read_history(folder)->list:
     "The rows of metrics.jsonl"
     check_seal(folder, 'metrics.jsonl', todo='make the run again')
@@ -665,7 +676,7 @@ def plot_losses(folder, ax=None):
     ax.set(xlabel='epoch', ylabel='cross-entropy'); ax.legend(fontsize=6)
     return ax
 
-# %% ../nbs/15_experiments.ipynb #de60cb57
+# %% ../nbs/15_experiments.ipynb #8ade907a
 def plot_weights(p:Pred, ax=None):
     "How the fusion rule weights the modalities: one histogram each"
     import matplotlib.pyplot as plt
@@ -675,6 +686,7 @@ def plot_weights(p:Pred, ax=None):
     ax.set(xlabel='fusion weight', ylabel='test samples'); ax.legend(fontsize=7)
     return ax
 
+# %% ../nbs/15_experiments.ipynb #de60cb57
 def plot_confusion(p:Pred, classes, ax=None):
     "Fused confusion matrix in % of the true class; the diagonal is right"
     import matplotlib.pyplot as plt
@@ -717,7 +729,7 @@ def show_samples(
     fig.tight_layout()
     return rows
 
-# %% ../nbs/15_experiments.ipynb #537725aa
+# %% ../nbs/15_experiments.ipynb #89bb273b
 def results(
     root='runs',    # folder of runs
 )->list[dict]:      # what their result.json hold, and the 'folder' each lies in
@@ -731,16 +743,18 @@ def results(
         except InputError as e: warnings.warn(str(e))
     return found
 
+# %% ../nbs/15_experiments.ipynb #537725aa
 def _variant(r):
     "What a row of the table stands for: everything but the seed"
     what = {k: v for k, v in {**asdict(Run()), **r['run']}.items() if k in Run().what and k != 'seed'}
     return json.dumps(what, sort_keys=True)
 
-# %% ../nbs/15_experiments.ipynb #cbf52f72
+# %% ../nbs/15_experiments.ipynb #3631d9b4
 def _base(what)->dict:
     "What a run on this dataset is when nothing else is said"
     return asdict(Run(dataset=what['dataset'])) if what['dataset'] in datasets else asdict(Run())
 
+# %% ../nbs/15_experiments.ipynb #d2921250
 def table(
     root='runs',    # folder of runs, or a list as `results` gives it
 )->str:             # Markdown
@@ -762,6 +776,7 @@ def table(
     lines += [f"| {data} | *best possible* | | {' | '.join(_mean_sd([b.get(m)]) for m in ['fused', *mods])} |" for data, b in bounds.items()]
     return '\n'.join(lines)
 
+# %% ../nbs/15_experiments.ipynb #cbf52f72
 def _mean_sd(values):
     v = torch.tensor([100 * x for x in values if x is not None], dtype=torch.double)
     return '–' if not len(v) else f'{v.mean():.1f}' + (f' ± {v.std():.1f}' if len(v) > 1 else '')
@@ -827,7 +842,7 @@ def browse_runs(
     pick = lambda label, options: w.Dropdown(options=options, description=label, layout=dict(width='36em'))
     return w.VBox([play(draw, run=pick('run', list(names.items())), beside=pick('beside', [('nothing', ''), *names.items()]), show=pick('show', ['curves, weights, confusion', 'samples'])), about])
 
-# %% ../nbs/15_experiments.ipynb #9f30a367
+# %% ../nbs/15_experiments.ipynb #3ddf47a8
 def seed_list(
     v,          # '0:5', '0,3' or a list
 )->list:
@@ -836,6 +851,7 @@ def seed_list(
     try: return [s for part in v.split(',') for s in (range(*map(int, part.split(':'))) if ':' in part else [int(part)])]
     except (ValueError, TypeError): raise InputError(f"seed={v!r}: must be numbers such as 0,1,2 or a range such as 0:5 (five seeds).") from None
 
+# %% ../nbs/15_experiments.ipynb #9f30a367
 def plan(
     datasets,       # 'digits,synthetic(preset=lazy)' or a list
     methods,        # 'mla,unimodal' or a list
@@ -853,7 +869,7 @@ def plan(
     for r in runs: make_method(r)               # wrong names are found before anything is trained
     return runs
 
-# %% ../nbs/15_experiments.ipynb #e89815ea
+# %% ../nbs/15_experiments.ipynb #3827dfb1
 def attempt(cfg:Run)->dict:
     "A run that takes no other down: its result, or {'error': what went wrong}"
     try: return run(cfg)
@@ -908,7 +924,7 @@ def _on_cluster(runs, scheduler):
         for f in as_completed(futures):
             yield futures[f], f.result() if f.status == 'finished' else dict(id=runs[futures[f]].id, error=f'its worker failed: {f.exception()!r}')
 
-# %% ../nbs/15_experiments.ipynb #25995748
+# %% ../nbs/15_experiments.ipynb #75a0059b
 def grid(
     runs:list,          # of `Run`, as `plan` makes them
     jobs:int=1,         # processes on this machine; 1: this one
@@ -929,6 +945,7 @@ def grid(
             bar.update()
     return [found[i] for i in range(len(runs))]
 
+# %% ../nbs/15_experiments.ipynb #25995748
 def _done(cfg):
     try: return claim(cfg)
     except InputError as e: return dict(id=cfg.id, error=str(e))
@@ -952,9 +969,10 @@ def tune(
             for k, c in groups.items() for lr in lrs]
     return [replace(c, lr=best[key(c)]) for c in runs], rows
 
-# %% ../nbs/15_experiments.ipynb #6a03449f
+# %% ../nbs/15_experiments.ipynb #a5f5120f
 def _options(args): return '(' + ', '.join(f'{k}={v}' for k, v in args.items()) + ')' if args else ''
 
+# %% ../nbs/15_experiments.ipynb #b2f879a8
 def compared(
     root,           # folder of runs
     dataset='',     # only this one
@@ -969,6 +987,7 @@ def compared(
     if not out: raise InputError(f"root={str(root)!r}: no finished run{f' on {dataset}' if dataset else ''} there; make some with mla_grid, or name another folder.")
     return out
 
+# %% ../nbs/15_experiments.ipynb #65757ce8
 def plot_compared(data, group):
     "Test accuracy of each method, fused and per modality, with 95% intervals"
     import matplotlib.pyplot as plt
@@ -987,12 +1006,13 @@ def plot_compared(data, group):
     fig.tight_layout()
     return axs
 
+# %% ../nbs/15_experiments.ipynb #6a03449f
 def _half_width(v):
     "Half of the 95% interval of a mean (Student's t); 0 for a single value"
     from scipy.stats import t
     return float(t.ppf(.975, len(v) - 1) * v.std() / len(v)**.5) if len(v) > 1 else 0.
 
-# %% ../nbs/15_experiments.ipynb #57f1ad92
+# %% ../nbs/15_experiments.ipynb #3f00a48f
 def plot_curves(data, group):
     "Fused validation accuracy over epochs, the mean over seeds"
     import matplotlib.pyplot as plt
@@ -1004,6 +1024,7 @@ def plot_curves(data, group):
     ax.set(xlabel='epoch', ylabel='accuracy (validation), fused', title=data); ax.legend(fontsize=6, ncols=2)
     return ax
 
+# %% ../nbs/15_experiments.ipynb #57f1ad92
 def costs(groups)->str:
     "Seconds and peak memory per epoch, as a Markdown table"
     lines = ['| dataset | method | seconds per epoch | MiB | parameters |', '|---|---|---|---|---|']
@@ -1014,7 +1035,7 @@ def costs(groups)->str:
             lines.append(f"| {data} | {name} | {sum(h['seconds'] for h in history) / len(history):.2f} | {f'{max(memory):.0f}' if memory else '–'} | {rows[0]['params']:,} |")
     return '\n'.join(lines)
 
-# %% ../nbs/15_experiments.ipynb #3973c840
+# %% ../nbs/15_experiments.ipynb #deae3937
 def parse(
     argv,           # e.g. ['--method', 'mla']
     every=True,     # False: only what was given, as a dict
@@ -1031,11 +1052,13 @@ def parse(
     said = {k: v for k, v in vars(given).items() if v is not None}
     return Run(**said) if every else said
 
+# %% ../nbs/15_experiments.ipynb #ea4c4b61
 def _epilog():
     discover()
     families = sorted({k.rsplit('_', 1)[0] for k in encoders})
     return '\n'.join(f'{k:9} {", ".join(sorted(v))}' for k, v in dict(datasets=datasets, methods=methods, encoders=families, rules=rules).items())
 
+# %% ../nbs/15_experiments.ipynb #f23f51fd
 def main(argv=None):
     "Entry point of `mla_run`"
     try:
@@ -1060,7 +1083,7 @@ def table_main(argv=None):
     if not results(root): sys.exit(f'mla_table: no finished run below {root}; make one with mla_run, or name another folder.')
     print(table(root))
 
-# %% ../nbs/15_experiments.ipynb #a44e8b03
+# %% ../nbs/15_experiments.ipynb #79c4bc8d
 def _grid_parser():
     p = argparse.ArgumentParser('mla_grid', description='Run datasets x methods x seeds; what is done is not done again. Every flag of mla_run holds for all runs.', allow_abbrev=False)
     p.add_argument('--dataset', default='synthetic', help="e.g. 'digits(split=speaker),synthetic' (default: synthetic)")
@@ -1072,6 +1095,7 @@ def _grid_parser():
     p.add_argument('--scheduler', default='', help='tcp://... of a Dask scheduler, to run on a cluster')
     return p
 
+# %% ../nbs/15_experiments.ipynb #a44e8b03
 def grid_main(argv=None):
     "Entry point of `mla_grid`"
     before = signal.signal(signal.SIGTERM, _on_term) if threading.current_thread() is threading.main_thread() else None

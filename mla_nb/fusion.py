@@ -83,9 +83,10 @@ def check_rule(
         w = rule(broken, present | ~first[:, None])
         assert w.isfinite().all() and not w[0].any() and (M == 1 or torch.allclose(w.sum(0), torch.ones(B), atol=1e-5)), "a modality that answers NaN has weight, or takes others with it"
 
-# %% ../nbs/11_fusion.ipynb #d2086044
+# %% ../nbs/11_fusion.ipynb #a6c929b1
 PUBLISHED = {2: (.55, .45), 3: (.35, .25, .40)}     # audio, visual(, text), as in the released code
 
+# %% ../nbs/11_fusion.ipynb #d2086044
 def share(
     weights,    # M numbers
     present,    # (M,B) bool

@@ -66,13 +66,14 @@ def missing_mask(
     stay[last[empty], empty.nonzero().squeeze(1)] = True
     return stay
 
-# %% ../nbs/13_missing.ipynb #74affffd
+# %% ../nbs/13_missing.ipynb #361625c7
 FILLS = 'skip', 'zeros'
 
 def blank(item):
     "What a zero is in the place of an item: silence, a black picture, an empty text"
     return '' if isinstance(item, str) else torch.zeros_like(torch.as_tensor(item))
 
+# %% ../nbs/13_missing.ipynb #74affffd
 class Hidden(Dataset):
     "A split that has lost items; `fill` says what is in their place: nothing ('skip') or zeros that pass for data ('zeros')"
     def __init__(self,
@@ -166,10 +167,11 @@ def sweep(
     masks = {r: dict(zip(net.encs, missing_mask(had.shape[1], net.encs, r, seed, 2, had))) for r in rates}
     return {r: predictions(net, method, [hide(b, stay) for b in batches]) for r, stay in masks.items()}
 
-# %% ../nbs/13_missing.ipynb #4c535948
+# %% ../nbs/13_missing.ipynb #084f2f14
 STYLES = dict(concat=('#000000', '--', 'o'), sum=('#888888', '--', 's'), film=('#56B4E9', '--', '^'), gated=('#0072B2', '--', 'v'), ogm=('#009E73', '--', 'P'),
               ogm_ge=('#117733', ':', 'X'), qmf=('#882255', '-.', 'D'), ensemble=('#E69F00', '-', 's'), mla_fixed=('#CC79A7', '-', '^'), mla=('#D55E00', '-', 'o'))
 
+# %% ../nbs/13_missing.ipynb #4c535948
 def plot_sweep(
     lines:dict,     # name -> {rate: [accuracy of every seed]}
     bound=None,     # {rate: best possible}, for a dotted line

@@ -16,7 +16,7 @@ from .core import *
 from .heads import *
 from .learner import *
 
-# %% ../nbs/10_projection.ipynb #f5427d72
+# %% ../nbs/10_projection.ipynb #f510eb7b
 def update_projection(
     P,          # (D,D)
     r,          # (D,) mean feature of a turn
