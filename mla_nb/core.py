@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KINDS', 'encoders', 'datasets', 'methods', 'rules', 'checkups', 'FORMS', 'COLOURS', 'InputError', 'UnknownName',
            'nearest', 'unknown', 'Registry', 'of_kind', 'call', 'discover', 'Samples', 'Modality', 'Splits',
-           'check_splits', 'take', 'to', 'Batch', 'stack', 'spread', 'collate', 'Ready', 'set_seed', 'rng_state',
-           'set_rng_state', 'write_atomic', 'read_json', 'digest', 'Locked', 'locked', 'check_encoder', 'check_dataset',
-           'colour', 'png', 'slider', 'play']
+           'check_splits', 'form_of', 'splits_of', 'take', 'to', 'Batch', 'stack', 'spread', 'collate', 'Ready',
+           'set_seed', 'rng_state', 'set_rng_state', 'write_atomic', 'read_json', 'digest', 'Locked', 'locked',
+           'check_encoder', 'check_dataset', 'colour', 'png', 'slider', 'play']
 
 # %% ../nbs/00_core.ipynb #0d8267bd
 import contextlib, difflib, errno, hashlib, importlib, inspect, json, math, os, pkgutil, platform, random, threading, warnings
@@ -181,6 +181,40 @@ def check_splits(
         if lost: raise InputError(f"dataset {s.name!r}: {', '.join(repr(s.classes[y]) for y in lost)} in the {name} split "
                                   "but in no training sample; every class tested must be trained.")
     return s
+
+# %% ../nbs/00_core.ipynb #44318895
+def form_of(
+    name:str, items,    # a modality, and what the samples hold of it
+)->Modality:
+    "What items in memory are: texts, pictures, clips, spectrograms or vectors"
+    some = next((v for v in items if v is not None), None)
+    if isinstance(some, str): return Modality('text', 'text')
+    x = tensor(0) if some is None else torch.as_tensor(some)
+    pixels, shape = x.dtype == torch.uint8 and x.dim() in (3, 4) and x.shape[-3] == 3, list(x.shape)
+    if pixels: return Modality('visual', 'image' if x.dim() == 3 else 'frames')
+    if x.is_floating_point() and x.dim() in (1, 2): return Modality('audio', ('vector', 'features')[x.dim() - 1], dict(shape=shape))
+    raise InputError(f"{name}: items of shape {tuple(shape)} and type {str(x.dtype).removeprefix('torch.')} are nothing we know; give str, uint8 pictures (3,H,W) or clips (N,3,H,W), "
+                     "float spectrograms (F,T) or vectors (D,), or say what they are with forms=dict(name=Modality(…)).")
+
+# %% ../nbs/00_core.ipynb #22a7ed56
+def splits_of(
+    x:dict,             # modality -> array or list of N items; None where a sample has none
+    y,                  # N labels: numbers or names
+    forms:dict={},      # modality -> Modality, where `form_of` cannot tell
+    shares=(.8, .1, .1),# of training, validation and test
+    seed:int=0,
+    name:str='arrays',
+)->Splits:
+    "A dataset from arrays in memory; every class is shared out alike, at random"
+    lengths = {**{m: len(v) for m, v in x.items()}, 'labels': len(y)}
+    if not x or len(set(lengths.values())) > 1: raise InputError(f"{name}: every modality needs an item, or None, per label; there are {', '.join(f'{n} {m}' for m, n in lengths.items())}.")
+    labels = [v.item() if hasattr(v, 'item') else v for v in y]
+    classes, rng, part = sorted(set(labels)), np.random.default_rng(seed), [[], [], []]
+    for c in classes:
+        rows = rng.permutation([i for i, v in enumerate(labels) if v == c])
+        for p, some in zip(part, np.split(rows, np.round(np.cumsum(shares)[:-1] * len(rows)).astype(int))): p += some.tolist()
+    split = lambda rows: Samples({m: [v[i] for i in sorted(rows)] for m, v in x.items()}, [classes.index(labels[i]) for i in sorted(rows)])
+    return check_splits(Splits(name, [str(c) for c in classes], {m: forms.get(m) or form_of(m, v) for m, v in x.items()}, *map(split, part)))
 
 # %% ../nbs/00_core.ipynb #c6a7ae9e
 def take(
