@@ -157,6 +157,31 @@ def test_random_weights_are_called_random(mine, capsys):
     assert "audio, video, text have RANDOM weights" in out and "ready: data/iemocap-tiny-features" in out
 
 
+def test_features_of_hub_models(mine, capsys):
+    "CLIP in small: its two towers read words and pictures; sound has an encoder of its own"
+    tf = pytest.importorskip("transformers")
+    from test_hub import SMALL, tokenizer
+    words, eyes = dict(SMALL, vocab_size=60, max_position_embeddings=20, eos_token_id=3, pad_token_id=0), dict(SMALL, hidden_size=24, image_size=16, patch_size=8)
+    for part in (tf.CLIPModel(tf.CLIPConfig(text_config=words, vision_config=eyes)), tokenizer(), tf.CLIPImageProcessor(size=dict(shortest_edge=16), crop_size=dict(height=16, width=16))): part.save_pretrained("clip")
+    assert "reads text and visual, not audio; name an encoder for each modality" in cli("--data", mine, "--encoder", "hf:clip")
+    assert cli("--data", mine, "--encoder", "audio=small,video=hf:clip,text=hf:clip(pool=pooler)") is None
+    assert "the encoders of audio have RANDOM weights" in capsys.readouterr().out
+    f = datasets["iemocap"](variant="tiny-features")
+    assert {m: v.info["shape"] for m, v in f.modalities.items()} == dict(audio=[64], video=[24], text=[16])
+    assert {m: w["source"] for m, w in json.loads((mine.parent / "iemocap-tiny-features/dataset.json").read_text())["options"]["weights"].items()} == dict(audio="random", video="clip", text="clip")
+    shutil.rmtree("clip")
+    assert "no such folder" in cli("--data", mine, "--encoder", "audio=small,video=hf:clip,text=hf:clip(pool=pooler)")
+    assert run(Run(dataset="iemocap", dataset_args="variant=tiny-features", encoder="features", epochs=1, batch_size=16, progress=False, threads=1))["test"]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_make_extracts_before_it_trains():
+    said = subprocess.run(["make", "-n", "demo", "DATASET=iemocap", "ENCODER=features"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    steps = [said.index(step) for step in ("prepare_iemocap.py --miniature", "extract_features.py --dataset 'iemocap' --variant miniature --encoder 'small'", "-r dataset_args 'variant=miniature-features'")]
+    assert steps == sorted(steps) and "-p encoder 'features'" in said
+    assert "extract_features" not in subprocess.run(["make", "-n", "demo", "DATASET=iemocap"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def test_half_precision(mine):
     a, b = (load_prepared(extract(mine, "small", out=p, precision=p, progress=False)) for p in ("no", "bf16"))
     x, y = a.test[1]["x"]["audio"], b.test[1]["x"]["audio"]
