@@ -662,7 +662,7 @@ def load_run(
     "The trained net of a run"
     folder = Path(folder)
     if not (folder/'result.json').exists(): raise InputError(f"{folder} is not the folder of a finished run; it needs config.json, preps.json, model.safetensors and result.json.")
-    needs = dict(config=('run', 'classes', 'modalities', 'encoders'), preps=(), result=('weights', 'temperatures', 'test'))
+    needs = dict(config=('run', 'classes', 'modalities', 'encoders'), preps=(), result=('weights', 'test'))
     about, preps, result = (read_json(folder/f'{n}.json', needs[n], 'give the folder of another run') for n in needs)
     check_seal(folder, 'config.json', 'preps.json', 'result.json')
     lost = [m for m in about['encoders'] if m not in preps]

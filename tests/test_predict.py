@@ -299,7 +299,7 @@ def test_a_damaged_copy_is_one_sentence(p, here, damage, said):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name, key", [("config", "classes"), ("result", "temperatures"), ("preps", "text")])
+@pytest.mark.parametrize("name, key", [("config", "classes"), ("result", "weights"), ("preps", "text")])
 def test_a_run_folder_with_gaps_is_one_sentence(moods, here, name, key):
     shutil.copytree(moods[0], "r")
     found = json.loads(Path(f"r/{name}.json").read_text()); del found[key]
