@@ -411,9 +411,9 @@ def load_cavmae(
     return fill(net, {k: v.flatten(1) if k == 'patches.weight' else v for k, v in state.items()}, path)
 
 # %% ../../nbs/04b_masked.ipynb #acbc7d6c
-def _finish(enc, net, prep, train_last, **recipe):
+def _finish(enc, net, prep, train_last, weights, **recipe):
     partly_frozen(enc, net.body.blocks, train_last, [net.body.norm])
-    enc.recipe = dict(recipe, train_last=train_last)
+    enc.recipe, enc.weights = dict(recipe, train_last=train_last), Path(weights).name if weights else 'random'
     return with_prep(enc, prep)
 
 @encoders
@@ -435,7 +435,7 @@ def m3ae_text(
         words.length = of_kind('length', length, int, 0, 4096) or words.length
     net = M3AE(**of_size(size), reads=('text',), vocab=words.vocab, pool=pool, checkpoint=checkpoint)
     if weights: load_m3ae(weights, net)
-    return _finish(net, net, words, train_last, size=size, pool=pool, checkpoint=checkpoint)
+    return _finish(net, net, words, train_last, weights, size=size, pool=pool, checkpoint=checkpoint)
 
 # %% ../../nbs/04b_masked.ipynb #e603d909
 @encoders
@@ -444,7 +444,7 @@ def m3ae_visual(mod:Modality, items=None, prep=None, size:str='base', weights:st
     pix = patch_prep(mod, items, prep, pixels, patch)
     net = M3AE(**of_size(size), reads=('image',), patch=patch, pool=pool, checkpoint=checkpoint)
     if weights: load_m3ae(weights, net)
-    return _finish(OverFrames(net), net, pix, train_last, size=size, patch=patch, pool=pool, checkpoint=checkpoint)
+    return _finish(OverFrames(net), net, pix, train_last, weights, size=size, patch=patch, pool=pool, checkpoint=checkpoint)
 
 @encoders
 def cavmae_audio(mod:Modality, items=None, prep=None, size:str='base', weights:str='', patch:int=16, checkpoint:bool=False, train_last:int=-1):
@@ -453,7 +453,7 @@ def cavmae_audio(mod:Modality, items=None, prep=None, size:str='base', weights:s
     shape = bands.shape if isinstance(bands, Bands) else (bands.n_mels, bands.frames)
     net = CAVMAE(**of_size(size), channels=1, grid=[n // patch for n in shape], patch=patch, checkpoint=checkpoint)
     if weights: load_cavmae(weights, net, 'a')
-    return _finish(net, net, bands, train_last, size=size, patch=patch, checkpoint=checkpoint)
+    return _finish(net, net, bands, train_last, weights, size=size, patch=patch, checkpoint=checkpoint)
 
 # %% ../../nbs/04b_masked.ipynb #2f31c4fb
 @encoders
@@ -462,4 +462,4 @@ def cavmae_visual(mod:Modality, items=None, prep=None, size:str='base', weights:
     pix = patch_prep(mod, items, prep, pixels, patch)
     net = CAVMAE(**of_size(size), channels=3, grid=[pix.size // patch] * 2, patch=patch, checkpoint=checkpoint)
     if weights: load_cavmae(weights, net, 'v')
-    return _finish(OverFrames(net), net, pix, train_last, size=size, patch=patch, checkpoint=checkpoint)
+    return _finish(OverFrames(net), net, pix, train_last, weights, size=size, patch=patch, checkpoint=checkpoint)
