@@ -493,9 +493,14 @@ class Accelerate(Callback):
         piece:int=0,                # rows that are encoded at once; 0: the whole turn
     ):
         self.device, self.precision, self.channels_last, self.compiled, self.tf32, self.piece = device, precision, channels_last, compiled, tf32, piece
-        self.team = None
+        self.team, self.prepared = None, None
 
     def before_fit(self, learn):
+        if self.prepared is not learn: self.prepare(learn); self.prepared = learn       # once, however often it is fitted
+        if self.team: self.team.join(learn)
+        if self.piece or self.team: learn.backward = partial(backward_in_pieces, learn, self.piece)
+
+    def prepare(self, learn):
         from accelerate import Accelerator
         self.acc = Accelerator(cpu=self.device == 'cpu', mixed_precision='no')
         device = self.acc.device
@@ -506,8 +511,7 @@ class Accelerate(Callback):
         if self.precision == 'bf16':
             encode = torch.autocast(device.type, torch.bfloat16)(learn.net.features)
             learn.net.features = lambda b: {m: z.float() for m, z in encode(b).items()}     # the head stays exact
-        if self.acc.num_processes > 1: self.team = Team(learn, device).join(learn)
-        if self.piece or self.team: learn.backward = partial(backward_in_pieces, learn, self.piece)
+        if self.acc.num_processes > 1: self.team = Team(learn, device)
         train = Shared(learn.dls, self.team) if self.team else OnDevice(learn.dls.train, device)
         learn.dls = replace(learn.dls, train=train, **{k: OnDevice(getattr(learn.dls, k), device) for k in ('valid', 'test')})
 
@@ -698,7 +702,6 @@ class Team(Answers):
 
     def join(self, learn):
         for name in self.together: setattr(learn, name, partial(getattr(self, name), learn))
-        return self
 
     def leave(self, learn):
         "What follows is done by one process alone"
