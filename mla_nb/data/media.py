@@ -235,7 +235,7 @@ def stem(name:str)->str:
     return re.sub(r'\.(wav|flv|mp4|avi|mkv|webm|mov|mpg|m4a|jpe?g|png|txt)$', '', name.replace('\\', '/').rsplit('/', 1)[-1].strip(), flags=re.I)
 
 def _fields(path, k, line, parts):
-    if len(parts) < 2 or not all(p.strip() for p in (parts[0], parts[-1])): raise InputError(f"{path}, line {k}: {line.strip()!r} is not a sample; expected `id,label` or `name label`.")
+    if len(parts) < 2 or not (stem(parts[0]) and parts[-1].strip()): raise InputError(f"{path}, line {k}: {line.strip()!r} is not a sample; expected `id,label` or `name label`.")
     return dict(id=stem(parts[0]), label=parts[-1].strip(), **(dict(text=' '.join(parts[1:-1]).strip()) if len(parts) > 2 else {}))
 
 def _json_line(path, k, line):
@@ -244,7 +244,7 @@ def _json_line(path, k, line):
     return _named(path, k, row)
 
 def _named(path, k, row):
-    lost = [f for f in ('id', 'label') if not isinstance(row, dict) or row.get(f) in (None, '')]
+    lost = [f for f in ('id', 'label') if not isinstance(row, dict) or row.get(f) in (None, '') or f == 'id' and not stem(str(row[f]))]
     if lost: raise InputError(f"{path}, line {k}: there is no {lost[0]!r}; every sample needs an id and a label.")
     return {**row, 'id': stem(str(row['id'])), 'label': str(row['label'])}
 
