@@ -112,6 +112,9 @@ soak: $(READY) ## kills, damaged bytes, full disks, odd input, for minutes: the 
 	OMP_NUM_THREADS=1 FAULTS_TABLE=results/faults.json $(BIN)/python -m pytest -q -m 'soak or not soak' tests/test_faults.py
 	@cat results/faults.md
 
+browser: $(READY) ## chapters in a real JupyterLab, driven by Chromium (CHROMIUM=/usr/bin/chromium, MLA_SHOTS=FOLDER keeps screenshots)
+	$(BIN)/python -m pytest -q -m browser tests/test_browser.py
+
 lab: $(READY) ## JupyterLab on the chapters
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. nbs/index.ipynb
 
@@ -124,13 +127,14 @@ readme: $(READY) ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/nbs.py readme
 clean: $(READY) ## store the notebooks without execution counts and stray metadata
 	$(BIN)/nbdev_clean
-benchmark: $(READY) ## where the time goes, and the cost of a step, an epoch and every method against the bare encoders
+benchmark: $(READY) ## where the time goes; the cost of a step, an epoch and every method against the bare encoders; of reading, and of an answer
 	$(BIN)/python benchmarks/profile.py
 	$(BIN)/python benchmarks/epoch.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/input.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/predict.py
 gpu: $(READY) ## every dataset's preset at full size, and steps in fp32, bf16, compiled, into results/gpu.json (on a machine with a GPU)
 	$(BIN)/python benchmarks/gpu.py
 site: $(READY) ## the chapters and the API as a web site in _site/html/

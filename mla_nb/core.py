@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['KINDS', 'encoders', 'datasets', 'methods', 'rules', 'checkups', 'FORMS', 'COLOURS', 'InputError', 'UnknownName',
            'nearest', 'unknown', 'Registry', 'of_kind', 'call', 'discover', 'Samples', 'Modality', 'Splits',
-           'check_splits', 'take', 'to', 'Batch', 'stack', 'spread', 'collate', 'Ready', 'set_seed', 'rng_state',
-           'set_rng_state', 'write_atomic', 'read_json', 'digest', 'Locked', 'locked', 'check_encoder', 'check_dataset',
-           'colour']
+           'check_splits', 'form_of', 'splits_of', 'take', 'to', 'Batch', 'stack', 'spread', 'collate', 'Ready',
+           'set_seed', 'rng_state', 'set_rng_state', 'write_atomic', 'read_json', 'digest', 'Locked', 'locked',
+           'check_encoder', 'check_dataset', 'colour', 'png', 'slider', 'play']
 
 # %% ../nbs/00_core.ipynb #0d8267bd
-import difflib, errno, hashlib, importlib, inspect, json, math, os, pkgutil, platform, random, warnings
+import contextlib, difflib, errno, hashlib, importlib, inspect, json, math, os, pkgutil, platform, random, threading, warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,11 @@ import numpy as np, torch
 from torch import tensor
 from torch.utils.data import Dataset
 
-# %% ../nbs/00_core.ipynb #0a68575b
+# %% ../nbs/00_core.ipynb #7a17c41e
 class InputError(ValueError):
     "A wrong input. The message says what was given, what is allowed and what to try."
 
+# %% ../nbs/00_core.ipynb #0a68575b
 class UnknownName(InputError, KeyError):
     "A name that nothing is registered under"
     __str__ = Exception.__str__     # KeyError's own would put the sentence in quotes
@@ -58,9 +59,10 @@ class Registry(dict):
 
     def __missing__(self, name): raise unknown(self.kind, name, self)
 
-# %% ../nbs/00_core.ipynb #96beb7b5
+# %% ../nbs/00_core.ipynb #8b2ec13c
 KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', type(None): 'none'}
 
+# %% ../nbs/00_core.ipynb #22db639e
 def of_kind(
     name:str,       # of the option
     v,              # its value
@@ -79,6 +81,7 @@ def of_kind(
         if not math.isfinite(v) or low is not None and v < low or high is not None and v > high: raise wrong
     return v
 
+# %% ../nbs/00_core.ipynb #96beb7b5
 def call(
     factory,        # from a registry
     options:dict,   # by the user
@@ -130,9 +133,10 @@ class Samples(Dataset):
         "(N,) bool: which samples hold modality `m`"
         return tensor([v is not None for v in self.x[m]])
 
-# %% ../nbs/00_core.ipynb #c78fdf58
+# %% ../nbs/00_core.ipynb #000797e7
 FORMS = dict(audio=('wave', 'features', 'vector'), visual=('image', 'frames', 'vector'), text=('text', 'vector'))
 
+# %% ../nbs/00_core.ipynb #c78fdf58
 @dataclass
 class Modality:
     "What the items of one modality are"
@@ -178,7 +182,41 @@ def check_splits(
                                   "but in no training sample; every class tested must be trained.")
     return s
 
-# %% ../nbs/00_core.ipynb #bc999d6c
+# %% ../nbs/00_core.ipynb #44318895
+def form_of(
+    name:str, items,    # a modality, and what the samples hold of it
+)->Modality:
+    "What items in memory are: texts, pictures, clips, spectrograms or vectors"
+    some = next((v for v in items if v is not None), None)
+    if isinstance(some, str): return Modality('text', 'text')
+    x = tensor(0) if some is None else torch.as_tensor(some)
+    pixels, shape = x.dtype == torch.uint8 and x.dim() in (3, 4) and x.shape[-3] == 3, list(x.shape)
+    if pixels: return Modality('visual', 'image' if x.dim() == 3 else 'frames')
+    if x.is_floating_point() and x.dim() in (1, 2): return Modality('audio', ('vector', 'features')[x.dim() - 1], dict(shape=shape))
+    raise InputError(f"{name}: items of shape {tuple(shape)} and type {str(x.dtype).removeprefix('torch.')} are nothing we know; give str, uint8 pictures (3,H,W) or clips (N,3,H,W), "
+                     "float spectrograms (F,T) or vectors (D,), or say what they are with forms=dict(name=Modality(…)).")
+
+# %% ../nbs/00_core.ipynb #22a7ed56
+def splits_of(
+    x:dict,             # modality -> array or list of N items; None where a sample has none
+    y,                  # N labels: numbers or names
+    forms:dict={},      # modality -> Modality, where `form_of` cannot tell
+    shares=(.8, .1, .1),# of training, validation and test
+    seed:int=0,
+    name:str='arrays',
+)->Splits:
+    "A dataset from arrays in memory; every class is shared out alike, at random"
+    lengths = {**{m: len(v) for m, v in x.items()}, 'labels': len(y)}
+    if not x or len(set(lengths.values())) > 1: raise InputError(f"{name}: every modality needs an item, or None, per label; there are {', '.join(f'{n} {m}' for m, n in lengths.items())}.")
+    labels = [v.item() if hasattr(v, 'item') else v for v in y]
+    classes, rng, part = sorted(set(labels)), np.random.default_rng(seed), [[], [], []]
+    for c in classes:
+        rows = rng.permutation([i for i, v in enumerate(labels) if v == c])
+        for p, some in zip(part, np.split(rows, np.round(np.cumsum(shares)[:-1] * len(rows)).astype(int))): p += some.tolist()
+    split = lambda rows: Samples({m: [v[i] for i in sorted(rows)] for m, v in x.items()}, [classes.index(labels[i]) for i in sorted(rows)])
+    return check_splits(Splits(name, [str(c) for c in classes], {m: forms.get(m) or form_of(m, v) for m, v in x.items()}, *map(split, part)))
+
+# %% ../nbs/00_core.ipynb #c6a7ae9e
 def take(
     x,            # a tensor, or a dict of tensors
     rows,         # (K,) row numbers
@@ -191,6 +229,11 @@ def to(x, device):
     "Move a tensor, or a dict of tensors"
     if isinstance(x, dict): return {k: to(v, device) for k, v in x.items()}
     return x.to(device, non_blocking=True)
+
+# %% ../nbs/00_core.ipynb #bc999d6c
+def _pin(x):
+    "Pin a tensor, or a dict of tensors, for a faster way to a GPU"
+    return {k: _pin(v) for k, v in x.items()} if isinstance(x, dict) else x.pin_memory()
 
 # %% ../nbs/00_core.ipynb #a06aecba
 @dataclass
@@ -211,8 +254,7 @@ class Batch:
 
     def take(self, rows)->'Batch':
         "The batch of these rows"
-        return Batch({m: take(v, rows) for m, v in self.x.items()}, take(self.y, rows),
-                     {m: p[rows] for m, p in self.present.items()}, take(self.idx, rows))
+        return Batch(take(self.x, rows), take(self.y, rows), {m: p[rows] for m, p in self.present.items()}, take(self.idx, rows))
 
     def only(self, mods)->'Batch':
         "Just these modalities, and the rows that have any of them"
@@ -225,18 +267,18 @@ class Batch:
 
     def to(self, device, **_)->'Batch':
         "Inputs and labels on `device`; the flags stay where they are"
-        return Batch({m: to(v, device) for m, v in self.x.items()}, to(self.y, device), self.present, to(self.idx, device))
+        return Batch(to(self.x, device), to(self.y, device), self.present, to(self.idx, device))
 
     def pin_memory(self)->'Batch':
         "For a DataLoader with `pin_memory=True`"
-        pin = lambda v: {k: pin(w) for k, w in v.items()} if isinstance(v, dict) else v.pin_memory()
-        return Batch({m: pin(v) for m, v in self.x.items()}, pin(self.y), self.present, pin(self.idx))
+        return Batch(_pin(self.x), _pin(self.y), self.present, _pin(self.idx))
 
-# %% ../nbs/00_core.ipynb #dc39532f
+# %% ../nbs/00_core.ipynb #86c54272
 def stack(items)->torch.Tensor:
     "The plainest prep: items of one shape become one tensor"
     return torch.stack([torch.as_tensor(i) for i in items])
 
+# %% ../nbs/00_core.ipynb #dc39532f
 def spread(
     x,       # (K,…) rows of those present
     here,    # (B,) bool, K of them true
@@ -416,3 +458,60 @@ COLOURS = dict(audio='#E69F00', visual='#0072B2', image='#0072B2', video='#56B4E
 def colour(name:str)->str:
     "The colour of a modality in every plot"
     return COLOURS.get(name, '#999999')
+
+# %% ../nbs/00_core.ipynb #f02f1e0e
+_one_at_a_time = threading.RLock()
+
+@contextlib.contextmanager
+def _undisturbed():
+    "Jupyter may hear a click in another thread, and shows whatever is open after it: not while we draw"
+    try: from IPython import get_ipython; from matplotlib_inline.backend_inline import flush_figures as flush
+    except ImportError: get_ipython = lambda: None
+    shell = get_ipython()
+    on = shell is not None and flush in shell.events.callbacks['post_execute']
+    if on: shell.events.unregister('post_execute', flush)
+    try: yield
+    finally:
+        if on: shell.events.register('post_execute', flush)
+
+def png(
+    draw,       # draws one figure
+    **values,   # for `draw`
+)->bytes:       # of a PNG picture
+    "What `draw` draws; no figure stays open"
+    import io, matplotlib.pyplot as plt
+    with _one_at_a_time, plt.ioff(), _undisturbed():
+        before, out = set(plt.get_fignums()), io.BytesIO()
+        try:
+            draw(**values)
+            plt.savefig(out, format='png', dpi=110, bbox_inches='tight', facecolor='white')
+            return out.getvalue()
+        finally:
+            for k in set(plt.get_fignums()) - before: plt.close(k)
+
+# %% ../nbs/00_core.ipynb #9c306687
+def slider(
+    label:str,      # what it moves
+    value,          # a float, or an int for whole numbers
+    low, high,      # where it ends
+    step=.01,
+    em=9,           # room for the label
+):
+    "A slider that speaks when it is let go, so that dragging stays fluid"
+    import ipywidgets as w
+    kind = w.IntSlider if isinstance(value, int) else w.FloatSlider
+    return kind(value, min=low, max=high, step=step, description=label, continuous_update=False, style=dict(description_width=f'{em}em'), layout=dict(width=f'{em + 13}em'))
+
+def play(
+    draw,           # draws one figure, called with the values of the controls
+    **controls,     # name -> widget
+):                  # a widget: the controls, and the picture below them
+    "A picture that follows its controls; a value that makes no sense is answered in one sentence"
+    import html, ipywidgets as w
+    note, picture = w.HTML(), w.Image(format='png', layout=dict(max_width='100%', align_self='flex-start'))
+    def show(*_):
+        try: picture.value, note.value = png(draw, **{k: c.value for k, c in controls.items()}), ''
+        except InputError as e: note.value = f'<b>{html.escape(str(e))}</b>'
+    for c in controls.values(): c.observe(show, 'value')
+    show()
+    return w.VBox([w.Box(list(controls.values()), layout=dict(flex_flow='row wrap')), note, picture])

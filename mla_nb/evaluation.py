@@ -21,7 +21,7 @@ from .learner import *
 from .fusion import *
 from .methods.ensemble import mean_rule
 
-# %% ../nbs/14_evaluation.ipynb #703224c0
+# %% ../nbs/14_evaluation.ipynb #298f7b32
 def answers(
     p:Pred,     # predictions
 )->dict:        # 'fused' and each modality -> (logits, labels), of the samples that have it
@@ -29,6 +29,7 @@ def answers(
     parts = [('fused', p.fused, p.present.any(0)), *zip(p.mods, p.logits, p.present)]
     return {name: (l[here], p.y[here]) for name, l, here in parts if here.any()}
 
+# %% ../nbs/14_evaluation.ipynb #703224c0
 def metrics(
     p:Pred,     # predictions
 )->dict:        # {'fused': {'accuracy', 'f1', 'map'}, modality: …}
@@ -40,7 +41,7 @@ def metrics(
         return dict(accuracy=(l.argmax(1) == y).double().mean().item(), f1=float(f1_score(y, l.argmax(1), average='macro', labels=seen, zero_division=0)), map=float(np.mean(ranks)))
     return {name: one(*a) for name, a in answers(p).items()}
 
-# %% ../nbs/14_evaluation.ipynb #521fef8b
+# %% ../nbs/14_evaluation.ipynb #57aa4103
 @torch.no_grad()
 def features_of(
     net:Net,    # trained
@@ -56,6 +57,7 @@ def features_of(
     net.train(training)
     return {m: torch.cat(v) for m, v in z.items() if v}, {m: torch.cat(v) for m, v in y.items() if v}
 
+# %% ../nbs/14_evaluation.ipynb #521fef8b
 def linear_probe(
     net:Net, dls:Loaders,
     C:float=1.,         # inverse strength of the penalty, as in scikit-learn
@@ -68,7 +70,7 @@ def linear_probe(
     probe = lambda m: make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=500)).fit(ztr[m], ytr[m]).score(zte[m], yte[m])
     return {m: float(probe(m)) for m in ztr}
 
-# %% ../nbs/14_evaluation.ipynb #7a346b86
+# %% ../nbs/14_evaluation.ipynb #c33a2cf2
 def reliability(
     logits,     # (N,C)
     y,          # (N,)
@@ -82,6 +84,7 @@ def reliability(
     full = n > 0
     return (total(conf)/n)[full], (total(guess == y)/n)[full], (n/n.sum())[full]
 
+# %% ../nbs/14_evaluation.ipynb #7a346b86
 def ece(
     logits, y, bins:int=15,     # as in `reliability`
 )->float:
@@ -89,7 +92,7 @@ def ece(
     conf, acc, share = reliability(logits, y, bins)
     return (share * (conf - acc).abs()).sum().item()
 
-# %% ../nbs/14_evaluation.ipynb #73ab14ff
+# %% ../nbs/14_evaluation.ipynb #84455d79
 def temperature(
     logits,     # (N,C), of validation samples
     y,          # (N,)
@@ -105,12 +108,14 @@ def temperature(
     opt.step(loss)
     return t.detach().clamp(-4, 4).exp().item()
 
+# %% ../nbs/14_evaluation.ipynb #62785e21
 def temperatures(
     p:Pred,     # validation predictions
 )->dict:        # 'fused' and each modality -> its temperature
     "A temperature for everybody whose logits there are"
     return {name: temperature(*a) for name, a in answers(p).items()}
 
+# %% ../nbs/14_evaluation.ipynb #73ab14ff
 @rules
 class calibrated:
     "Another rule, on logits whose temperatures `fit` chooses on validation"
@@ -140,7 +145,7 @@ def error_auroc(
         return float(roc_auc_score(wrong, entropy(l.double()))) if 0 < wrong.sum() < len(y) else math.nan
     return {name: one(*a) for name, a in answers(p).items()}
 
-# %% ../nbs/14_evaluation.ipynb #3d6f50b7
+# %% ../nbs/14_evaluation.ipynb #b29a3ce5
 def subset_accuracy(
     net:Net, method:Method, dl,     # trained; batches
 )->dict:                            # tuple of modalities -> accuracy
@@ -155,6 +160,7 @@ def subset_accuracy(
             out[sub] = (p.fused.argmax(1) == p.y).double().mean().item()
     return out
 
+# %% ../nbs/14_evaluation.ipynb #3d6f50b7
 def shapley(
     value:dict,     # tuple of modalities -> number, for every subset
 )->dict:            # modality -> its contribution; they add up to value(all) - value(none)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'entropy', 'mean', 'entropy_rule', 'released_gate', 'check_rule', 'share', 'simplex', 'fixed',
-           'make_rule']
+           'make_rule', 'four_answers', 'plot_fusion', 'play_fusion']
 
 # %% ../nbs/11_fusion.ipynb #84246694
 import math
@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from .core import *
 from .learner import *
 from .methods.ensemble import mean_rule
+
+# %% ../nbs/11_fusion.ipynb #1fe50f8f
+from .methods.qmf import energy
 
 # %% ../nbs/11_fusion.ipynb #d6defe95
 def entropy(
@@ -80,9 +83,10 @@ def check_rule(
         w = rule(broken, present | ~first[:, None])
         assert w.isfinite().all() and not w[0].any() and (M == 1 or torch.allclose(w.sum(0), torch.ones(B), atol=1e-5)), "a modality that answers NaN has weight, or takes others with it"
 
-# %% ../nbs/11_fusion.ipynb #d2086044
+# %% ../nbs/11_fusion.ipynb #a6c929b1
 PUBLISHED = {2: (.55, .45), 3: (.35, .25, .40)}     # audio, visual(, text), as in the released code
 
+# %% ../nbs/11_fusion.ipynb #d2086044
 def share(
     weights,    # M numbers
     present,    # (M,B) bool
@@ -134,3 +138,52 @@ def make_rule(
     "The rule of this name; a new one each time if it learns"
     rule = rules[name] if isinstance(name, str) else name
     return rule() if isinstance(rule, type) else rule
+
+# %% ../nbs/11_fusion.ipynb #9b8fe66c
+def four_answers(
+    logits,         # (M,C) what two or three modalities say about one sample
+    present=None,   # M true or false; None: all are there
+)->dict:            # rule -> (weights (M,), probabilities (C,)); fixed weights are the published ones
+    "What mean, fixed, entropy and energy make of one sample"
+    l = torch.as_tensor(logits, dtype=torch.float)[:, None]                     # (M,1,C)
+    here = torch.ones(len(l), dtype=torch.bool) if present is None else torch.as_tensor(present)
+    four = {r: make_rule(r)(l, here[:, None]) for r in ('mean', 'entropy', 'energy')} | {'fixed': fixed('published')(l, here[:, None])}
+    return {r: (four[r][:, 0], fuse(l, four[r])[0].softmax(-1)) for r in ('mean', 'fixed', 'entropy', 'energy')}
+
+# %% ../nbs/11_fusion.ipynb #76721382
+def plot_fusion(
+    logits,         # (M,C) what two or three modalities say about one sample
+    present=None,   # M true or false; None: all are there
+    mods=('audio', 'visual', 'text'),
+    classes='ABC',
+    axs=None,       # two axes
+):
+    "The answers about one sample and how unsure each is (left); what four rules make of them (right)"
+    import matplotlib.pyplot as plt
+    if axs is None: axs = plt.subplots(1, 2, figsize=(9, 2.4), layout='constrained')[1]
+    logits = torch.as_tensor(logits, dtype=torch.float)
+    (M, C), here = logits.shape, [True] * len(logits) if present is None else list(present)
+    for k, m in enumerate(mods[:M]):
+        p = logits[k].softmax(-1) if here[k] else torch.zeros(C)
+        axs[0].bar([c + (k - (M - 1) / 2) * .25 for c in range(C)], p, .23, color=colour(m), label=f'{m}, entropy {entropy(logits[k]):.2f}' if here[k] else f'{m}, absent')
+    axs[0].set_xticks(range(C), list(classes)); axs[0].set(ylim=(0, 1), ylabel='probability'); axs[0].legend(fontsize=7)
+    for i, (w, p) in enumerate(four_answers(logits, here).values()):
+        for k, left in enumerate((w.cumsum(0) - w).tolist()): axs[1].barh(i, float(w[k]), left=left, color=colour(mods[k]))
+        axs[1].text(1.02, i, f'{classes[p.argmax()]}  {p.max():.0%}' if any(here) else 'nobody', va='center', fontsize=9)
+    axs[1].set_yticks(range(4), ['mean', 'fixed', 'entropy', 'energy']); axs[1].set(xlim=(0, 1), xlabel='weights, and the fused answer'); axs[1].invert_yaxis()
+    return axs
+
+# %% ../nbs/11_fusion.ipynb #5abe279d
+def play_fusion(
+    mods=('audio', 'visual', 'text'),   # two or three
+    classes='ABC',
+):                                      # a widget
+    "A knob for every logit, and a box for every modality that may be absent"
+    from ipywidgets import Checkbox
+    if len(mods) not in PUBLISHED: raise InputError(f"{len(mods)} modalities: the fixed rule here has weights for {' or '.join(map(str, PUBLISHED))}; name as many.")
+    start = dict(zip(mods, ([2.2, 0., 0.], [0., 1.3, 0.], [0., 1.2, 0.])))
+    logit = {f'{m} {c}': slider(f'{m}, {c}', v, -5., 5., .1, em=5) for m in mods for c, v in zip(classes, start[m])}
+    def draw(**v):
+        "Answers of the modalities about one sample (left), and weights and answers of four rules (right)"
+        plot_fusion([[v[f'{m} {c}'] for c in classes] for m in mods], [v[m] for m in mods], mods, classes)
+    return play(draw, **logit, **{m: Checkbox(True, description=f'{m} is there', indent=False, layout=dict(width='18em')) for m in mods})

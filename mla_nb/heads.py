@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .core import *
 
-# %% ../nbs/05_heads.ipynb #d184eeed
+# %% ../nbs/05_heads.ipynb #d326dd36
 class Head(nn.Module):
     "Features of any non-empty subset of modalities -> logits"
     width = None        # features that every modality must have; None: each its own
@@ -24,6 +24,7 @@ class Head(nn.Module):
 
     def forward(self, z:dict)->torch.Tensor: raise NotImplementedError
 
+# %% ../nbs/05_heads.ipynb #d184eeed
 class ConcatHead(Head):
     "One linear layer on concatenated features; a missing modality's term is left out"
     def __init__(self, widths, classes):
@@ -55,11 +56,12 @@ class SumHead(Head):
         "What `m` contributes; all parts add up to the joint logits"
         return self.out[m](z)
 
-# %% ../nbs/05_heads.ipynb #9d4731a2
+# %% ../nbs/05_heads.ipynb #a888c17f
 def _mean(items:list)->torch.Tensor:
     "Mean of one or several (B,C)"
     return items[0] if len(items) == 1 else torch.stack(items).mean(0)
 
+# %% ../nbs/05_heads.ipynb #cd12932a
 class Conditioned(Head):
     "Heads in which modality `by` (None: the first) acts on the features of the others"
     def __init__(self, widths, classes, by=None):
@@ -77,6 +79,7 @@ class Conditioned(Head):
         here = [m for m in self.others if m in z] or self.others
         return self.out(_mean([self.act(m, cond, z.get(m, torch.zeros_like(some))) for m in here]))
 
+# %% ../nbs/05_heads.ipynb #649c9331
 class FilmHead(Conditioned):
     "One modality scales and shifts the features of the others (FiLM, arXiv 1709.07871)"
     def __init__(self, widths, classes, by=None):
@@ -87,6 +90,7 @@ class FilmHead(Conditioned):
         scale, shift = self.film[m](cond).chunk(2, 1)
         return scale * z + shift
 
+# %% ../nbs/05_heads.ipynb #9d4731a2
 class GatedHead(Conditioned):
     "One modality decides how much of each projected feature of the others passes (arXiv 1702.01992)"
     def __init__(self, widths, classes, by=None):
@@ -96,7 +100,7 @@ class GatedHead(Conditioned):
 
     def act(self, m, cond, z): return self.gate(cond).sigmoid() * self.project[m](z)
 
-# %% ../nbs/05_heads.ipynb #03cb39e8
+# %% ../nbs/05_heads.ipynb #4a45d196
 class SharedHead(Head):
     "One linear layer used by every modality in turn (MLA, arXiv 2311.10707, section 3.1)"
     def __init__(self, widths, classes):
@@ -106,6 +110,7 @@ class SharedHead(Head):
 
     def forward(self, z): return _mean([self.out(v) for v in z.values()])
 
+# %% ../nbs/05_heads.ipynb #03cb39e8
 class SeparateHead(Head):
     "One linear layer per modality: the head of an ensemble"
     def __init__(self, widths, classes):

@@ -8,7 +8,7 @@ __all__ = ['sgd', 'joint_turn', 'turn_of', 'ce_loss', 'Method', 'concat', 'sum_o
            'fuse', 'opinion', 'predict', 'scores', 'predictions', 'Diverged', 'peak_memory', 'Recorder', 'Progress',
            'Schedule', 'sample_ids', 'StopOnNaN', 'Accelerate', 'OnDevice', 'tensors', 'compile_encoders', 'Augment',
            'filled', 'join', 'backward_in_pieces', 'Agreement', 'Answers', 'buckets', 'Team', 'again', 'part_of',
-           'Share', 'Shared', 'plot_learning', 'check_method']
+           'Share', 'Shared', 'plot_learning', 'plot_live', 'LiveView', 'check_method']
 
 # %% ../nbs/06_learner.ipynb #bd25aa0b
 import json, math, re, time
@@ -26,12 +26,13 @@ from torch.utils.data import DataLoader, Sampler
 from .core import *
 from .heads import *
 
-# %% ../nbs/06_learner.ipynb #1c180c7e
+# %% ../nbs/06_learner.ipynb #69a3763e
 def joint_turn(b:Batch)->Iterable[Batch]:
     "One turn per batch, all modalities together; rows that have none of them say nothing"
     t = b.only(b.x)
     if len(t): yield t
 
+# %% ../nbs/06_learner.ipynb #7be03baa
 def turn_of(*mods)->Callable:
     "Turns of these modalities only: the rows that have any of them, if there are such rows"
     def turns(b:Batch)->Iterable[Batch]:
@@ -39,10 +40,12 @@ def turn_of(*mods)->Callable:
         if len(t): yield t
     return turns
 
+# %% ../nbs/06_learner.ipynb #5979136d
 def ce_loss(learn)->torch.Tensor:
     "Cross-entropy of the head's answer to this turn"
     return F.cross_entropy(learn.net.combine(learn.z, learn.turn), learn.turn.y)
 
+# %% ../nbs/06_learner.ipynb #1c180c7e
 @dataclass
 class Method:
     "What a training method chooses; everything else is the same for all"
@@ -53,17 +56,19 @@ class Method:
     rule: Callable|None = None                              # logits (M,B,C), present (M,B) -> weights (M,B); None: the head decides
     modalities: Sequence|None = None                        # which ones to train; None: all
 
-# %% ../nbs/06_learner.ipynb #a8763241
+# %% ../nbs/06_learner.ipynb #7595dc1f
 @methods
 def concat()->Method:
     "Joint training: concatenated features, one linear head, one loss"
     return Method(ConcatHead)
 
+# %% ../nbs/06_learner.ipynb #0245b20a
 def sum_of_logits()->Method:
     "Joint training: one linear layer per modality, logits added"
     return Method(SumHead)
 methods(sum_of_logits, 'sum')
 
+# %% ../nbs/06_learner.ipynb #e4482f49
 @methods
 def film(
     by:str|None=None,       # the modality that scales and shifts the others; None: the first
@@ -71,6 +76,7 @@ def film(
     "Joint training: one modality modulates the features of the others (FiLM)"
     return Method(partial(FilmHead, by=by))
 
+# %% ../nbs/06_learner.ipynb #e58da4f7
 @methods
 def gated(
     by:str|None=None,       # the modality that gates the others; None: the first
@@ -78,6 +84,7 @@ def gated(
     "Joint training: one modality gates the features of the others"
     return Method(partial(GatedHead, by=by))
 
+# %% ../nbs/06_learner.ipynb #a8763241
 @methods
 def unimodal(
     modality:str='audio',   # the one that is trained and tested
@@ -120,7 +127,7 @@ class ShardShuffle(Shuffle):
         blocks = [[torch.cat([self.shards[k] for k in mine[i:i + self.buffer]]) for i in range(0, len(mine), self.buffer)] for mine in (order[r::n] for r in range(n))]
         return [torch.cat([b[torch.randperm(len(b), generator=g)] for b in own]) for own in blocks]
 
-# %% ../nbs/06_learner.ipynb #a08daa04
+# %% ../nbs/06_learner.ipynb #cec0addb
 @dataclass
 class Loaders:
     "Batches of the three splits, and the order of training"
@@ -129,6 +136,7 @@ class Loaders:
     test: DataLoader
     sampler: Shuffle
 
+# %% ../nbs/06_learner.ipynb #dd2026c5
 def loaders(
     s:Splits,               # a dataset
     preps:dict,             # modality -> prep of its encoder
@@ -162,6 +170,7 @@ def nbytes(x)->int:
     if isinstance(x, Batch): return nbytes(x.x)
     return sum(map(nbytes, x.values())) if isinstance(x, dict) else x.nbytes
 
+# %% ../nbs/06_learner.ipynb #a08daa04
 def _as_is(b): return b
 
 # %% ../nbs/06_learner.ipynb #95755670
@@ -180,7 +189,7 @@ class Callback:
 # %% ../nbs/06_learner.ipynb #cfc91b74
 class Loop:
     "Epochs of batches, counted; what happens in a batch is the learner's business"
-    epoch, done, rng = 0, 0, None
+    epoch, done, rng, stop = 0, 0, None, False      # stop: set it, and training ends before the next batch
 
     def cb(self, hook):
         for c in self.cbs: getattr(c, hook)(self)
@@ -200,26 +209,28 @@ class Loop:
 
     def one_epoch(self):
         self.net.train()
-        for self.step, self.batch in self.left(): self.one_batch()
+        for self.step, self.batch in self.left():
+            if self.stop: return                        # cut short: the net keeps it, but it is no epoch
+            self.one_batch()
         self.done, self.rng = 0, None
         self.row = dict(epoch=self.epoch)               # callbacks fill it
         self.cb('after_epoch')
         self.history.append(self.row)
+        self.epoch += 1
 
     def fit(self, epochs:int):
         "Train until `epochs` epochs are done, counting those done before"
-        self.epochs = epochs
+        self.epochs, self.stop = epochs, False
         try:
             self.cb('before_fit')
-            while self.epoch < self.epochs:
-                self.one_epoch()
-                self.epoch += 1
+            while self.epoch < self.epochs and not self.stop: self.one_epoch()
         finally: self.cb('after_fit')
         return self
 
-# %% ../nbs/06_learner.ipynb #6c2b5e1a
+# %% ../nbs/06_learner.ipynb #f852cb2b
 sgd = partial(torch.optim.SGD, lr=.1, momentum=.9)
 
+# %% ../nbs/06_learner.ipynb #6c2b5e1a
 class Learner(Loop):
     "Trains a net with a method; everything else is callbacks"
     def __init__(self, net:Net, dls:Loaders, method:Method, opt_func=sgd, cbs=(), seed:int=0):
@@ -284,7 +295,7 @@ class Pred:
         return replace(self, **{k: v.float().cpu() if v.is_floating_point() else v.cpu()
                                 for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
 
-# %% ../nbs/06_learner.ipynb #8df11ad0
+# %% ../nbs/06_learner.ipynb #1fe88601
 def fuse(
     logits,     # (M,B,C) per modality
     weights,    # (M,B), zero where absent
@@ -321,7 +332,7 @@ def predict(
     net.train(training)
     return Pred(mods, logits, fused, weights, here, b.y, b.idx)
 
-# %% ../nbs/06_learner.ipynb #b82e2aa5
+# %% ../nbs/06_learner.ipynb #d7677e0d
 def scores(
     p:Pred,     # predictions of a split
 )->dict:        # {'accuracy': {…}, 'loss': {…}} with 'fused' and each modality
@@ -333,6 +344,7 @@ def scores(
         out['loss'][name] = F.cross_entropy(logits[here].double(), p.y[here]).item()
     return out
 
+# %% ../nbs/06_learner.ipynb #b82e2aa5
 def predictions(
     net:Net, method:Method,
     dl,             # batches
@@ -341,10 +353,11 @@ def predictions(
     with torch.inference_mode(): found = [predict(net, method, b) for b in dl]
     return Pred.cat(found).cpu()
 
-# %% ../nbs/06_learner.ipynb #25e24fd9
+# %% ../nbs/06_learner.ipynb #eaca3064
 class Diverged(InputError):
     "Training broke down: the loss is not finite"
 
+# %% ../nbs/06_learner.ipynb #25e24fd9
 def peak_memory(
     device,             # of the net
     restart=False,      # forget the peak so far
@@ -398,7 +411,7 @@ class Recorder(Callback):
                          valid=scores(p))
         self.reset()
 
-# %% ../nbs/06_learner.ipynb #35b6e4c2
+# %% ../nbs/06_learner.ipynb #97d9ed7c
 class Progress(Callback):
     "A progress bar over all batches, with the last validation accuracies; in a terminal or a notebook"
     order = 30
@@ -413,6 +426,7 @@ class Progress(Callback):
         self.bar.set_postfix({k: f'{v:.3f}' for k, v in learn.row.get('valid', {}).get('accuracy', {}).items()}, refresh=False)
     def after_fit(self, learn): self.bar and self.bar.close()
 
+# %% ../nbs/06_learner.ipynb #35b6e4c2
 class Schedule(Callback):
     "Learning rate over the epochs: 'constant', 'step' (a tenth after 70%, as in the paper) or 'cosine'"
     order = 25
@@ -468,7 +482,7 @@ class StopOnNaN(Callback):
         raise Diverged(f"the {what} in epoch {epoch + 1}, batch {step + 1} ({' + '.join(mods)}); samples {names[:5]}…"
                        + (f" (all in {Path(self.folder)/'nan.json'})" if self.folder else '') + f"; {todo}.")
 
-# %% ../nbs/06_learner.ipynb #127b4d8a
+# %% ../nbs/06_learner.ipynb #c0f61554
 class Accelerate(Callback):
     "Device, precision, layout and processes, by Hugging Face Accelerate"
     order = -10
@@ -481,9 +495,14 @@ class Accelerate(Callback):
         piece:int=0,                # rows that are encoded at once; 0: the whole turn
     ):
         self.device, self.precision, self.channels_last, self.compiled, self.tf32, self.piece = device, precision, channels_last, compiled, tf32, piece
-        self.team = None
+        self.team, self.prepared = None, None
 
     def before_fit(self, learn):
+        if self.prepared is not learn: self.prepare(learn); self.prepared = learn       # once, however often it is fitted
+        if self.team: self.team.join(learn)
+        if self.piece or self.team: learn.backward = partial(backward_in_pieces, learn, self.piece)
+
+    def prepare(self, learn):
         from accelerate import Accelerator
         self.acc = Accelerator(cpu=self.device == 'cpu', mixed_precision='no')
         device = self.acc.device
@@ -494,8 +513,7 @@ class Accelerate(Callback):
         if self.precision == 'bf16':
             encode = torch.autocast(device.type, torch.bfloat16)(learn.net.features)
             learn.net.features = lambda b: {m: z.float() for m, z in encode(b).items()}     # the head stays exact
-        if self.acc.num_processes > 1: self.team = Team(learn, device).join(learn)
-        if self.piece or self.team: learn.backward = partial(backward_in_pieces, learn, self.piece)
+        if self.acc.num_processes > 1: self.team = Team(learn, device)
         train = Shared(learn.dls, self.team) if self.team else OnDevice(learn.dls.train, device)
         learn.dls = replace(learn.dls, train=train, **{k: OnDevice(getattr(learn.dls, k), device) for k in ('valid', 'test')})
 
@@ -686,7 +704,6 @@ class Team(Answers):
 
     def join(self, learn):
         for name in self.together: setattr(learn, name, partial(getattr(self, name), learn))
-        return self
 
     def leave(self, learn):
         "What follows is done by one process alone"
@@ -780,7 +797,46 @@ def plot_learning(
     axs[0].figure.tight_layout()
     return axs
 
-# %% ../nbs/06_learner.ipynb #8ee7ca50
+# %% ../nbs/06_learner.ipynb #08aa7569
+def plot_live(
+    history,        # rows as the Recorder makes them
+    bayes=None,     # `Splits.bayes`, for dashed lines
+):
+    "Validation accuracy now, and the recurring plot up to now"
+    import matplotlib.pyplot as plt
+    axs, now = plt.subplots(1, 3, figsize=(11, 2.8), width_ratios=(2, 3, 3))[1], history[-1]['valid']['accuracy']
+    for k, (m, acc) in enumerate(now.items()):
+        axs[0].bar(k, acc, color=colour(m)); axs[0].text(k, acc + .02, f'{acc:.0%}', ha='center', fontsize=8)
+        if bayes and (m,) in bayes: axs[0].plot([k - .4, k + .4], [bayes[m,]]*2, 'k--', lw=1)
+    axs[0].set_xticks(range(len(now)), list(now)); axs[0].set(ylim=(0, 1.05), ylabel='accuracy (validation)', title=f"epoch {history[-1]['epoch'] + 1}")
+    plot_learning(history, bayes, axs[1:])
+    for ax in axs[1:]: ax.xaxis.get_major_locator().set_params(integer=True)
+    return axs
+
+# %% ../nbs/06_learner.ipynb #861d1679
+class LiveView(Callback):
+    "In a notebook: bars and curves after every epoch, and a button that ends training after the batch; needs a Recorder"
+    order = 40
+    def __init__(self, bayes=None): self.bayes, self.box = bayes, None      # bayes: for dashed lines
+
+    def before_fit(self, learn):
+        if not any(isinstance(c, Recorder) for c in learn.cbs): raise InputError("LiveView draws what a Recorder finds; put a Recorder() among the callbacks too.")
+        import ipywidgets as w
+        from IPython.display import display
+        steps = len(learn.dls.train)
+        self.bar, self.note = w.IntProgress(steps * learn.epoch, 0, steps * learn.epochs), w.Label()
+        self.button, self.picture = w.Button(description='Stop', icon='stop', tooltip='end training after this batch'), w.Image(format='png', layout=dict(max_width='100%', align_self='flex-start'))
+        self.button.on_click(lambda _: setattr(learn, 'stop', True))
+        self.box = w.VBox([w.HBox([self.bar, self.button, self.note]), self.picture])
+        display(self.box)
+    def after_batch(self, learn):
+        self.bar.value, self.note.value = self.bar.value + 1, f'epoch {learn.epoch + 1} of {learn.epochs}, batch {learn.step + 1}'
+    def after_epoch(self, learn): self.picture.value = png(plot_live, history=[*learn.history, learn.row], bayes=self.bayes)
+    def after_fit(self, learn):
+        if not self.box: return
+        self.button.disabled, self.note.value = True, f"{'stopped' if learn.stop else 'done'} after {learn.epoch} of {learn.epochs} epochs"
+
+# %% ../nbs/06_learner.ipynb #2bfc0e20
 def _toy(mods, n, seed):
     "n samples of linear 'encoders', as a list of one batch, with the encoders"
     g = torch.Generator().manual_seed(seed)
@@ -792,6 +848,7 @@ def _toy(mods, n, seed):
         encs[m].num_features = 8
     return Batch(x, y, {m: torch.ones(n, dtype=torch.bool) for m in mods}, torch.arange(n)), encs
 
+# %% ../nbs/06_learner.ipynb #8ee7ca50
 def check_method(
     factory,                            # called without arguments, gives a `Method`
     mods=('audio', 'visual', 'text'),   # any number of modalities

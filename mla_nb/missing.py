@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILLS', 'STYLES', 'as_rate', 'rate_text', 'missing_mask', 'blank', 'Hidden', 'Kept', 'bayes_left', 'with_missing',
-           'hide', 'sweep', 'plot_sweep']
+           'hide', 'sweep', 'plot_sweep', 'draw_item', 'sonify', 'sound', 'wav', 'asker', 'opinions', 'plot_sample',
+           'browse_samples']
 
 # %% ../nbs/13_missing.ipynb #4c8e32db
 from collections import Counter
@@ -65,13 +66,14 @@ def missing_mask(
     stay[last[empty], empty.nonzero().squeeze(1)] = True
     return stay
 
-# %% ../nbs/13_missing.ipynb #74affffd
+# %% ../nbs/13_missing.ipynb #361625c7
 FILLS = 'skip', 'zeros'
 
 def blank(item):
     "What a zero is in the place of an item: silence, a black picture, an empty text"
     return '' if isinstance(item, str) else torch.zeros_like(torch.as_tensor(item))
 
+# %% ../nbs/13_missing.ipynb #74affffd
 class Hidden(Dataset):
     "A split that has lost items; `fill` says what is in their place: nothing ('skip') or zeros that pass for data ('zeros')"
     def __init__(self,
@@ -165,10 +167,11 @@ def sweep(
     masks = {r: dict(zip(net.encs, missing_mask(had.shape[1], net.encs, r, seed, 2, had))) for r in rates}
     return {r: predictions(net, method, [hide(b, stay) for b in batches]) for r, stay in masks.items()}
 
-# %% ../nbs/13_missing.ipynb #4c535948
+# %% ../nbs/13_missing.ipynb #084f2f14
 STYLES = dict(concat=('#000000', '--', 'o'), sum=('#888888', '--', 's'), film=('#56B4E9', '--', '^'), gated=('#0072B2', '--', 'v'), ogm=('#009E73', '--', 'P'),
               ogm_ge=('#117733', ':', 'X'), qmf=('#882255', '-.', 'D'), ensemble=('#E69F00', '-', 's'), mla_fixed=('#CC79A7', '-', '^'), mla=('#D55E00', '-', 'o'))
 
+# %% ../nbs/13_missing.ipynb #4c535948
 def plot_sweep(
     lines:dict,     # name -> {rate: [accuracy of every seed]}
     bound=None,     # {rate: best possible}, for a dotted line
@@ -185,3 +188,120 @@ def plot_sweep(
     if bound: ax.plot(list(bound), [100 * b for b in bound.values()], 'k:', lw=1, label='best possible')
     ax.set(xlabel='rate', ylabel='fused accuracy, %', title=title)
     return ax
+
+# %% ../nbs/13_missing.ipynb #a836e65a
+def draw_item(ax, item, mod:Modality):
+    "One raw item on one axis"
+    ax.set_xticks([]); ax.set_yticks([])
+    if item is None: ax.text(.5, .5, 'absent', ha='center', va='center', transform=ax.transAxes)
+    elif mod.form == 'vector': ax.plot(torch.as_tensor(item).tolist(), lw=.6)
+    elif mod.kind == 'text': ax.text(.5, .5, _wrapped(item), ha='center', va='center', fontsize=8, transform=ax.transAxes); ax.set_axis_off()
+    elif mod.form == 'wave': ax.specgram(torch.as_tensor(item).numpy(), NFFT=256, noverlap=128, Fs=mod.info.get('rate', 16000))
+    elif mod.form == 'features': ax.imshow(_upright(item, mod).flip(0), aspect='auto')
+    else: ax.imshow(torch.as_tensor(item if item.ndim == 3 else torch.cat(list(item), 2)).permute(1, 2, 0))
+
+def _upright(item, mod):
+    "(F,T), low frequencies first; a filter bank is stored the other way round"
+    x = torch.as_tensor(item).float()
+    return x.T if mod.info.get('feature') == 'fbank' else x
+
+def _wrapped(text, width=22):
+    import textwrap
+    return textwrap.fill(text if len(text) < 120 else text[:117] + '…', width)
+
+# %% ../nbs/13_missing.ipynb #288b131e
+def sonify(
+    x,              # (F,T) log magnitudes, low frequencies first
+    seconds:float,  # how long it lasts
+    rate:int=8000,  # Hz
+    mel:bool=True,  # rows are evenly spaced in mel, not in Hz
+)->np.ndarray:      # (seconds·rate,) waveform
+    "A spectrogram as tones, as loud as its rows say"
+    x, n = torch.as_tensor(x).float().numpy(), int(seconds * rate)
+    top = 2595 * np.log10(1 + rate / 1400) if mel else rate / 2
+    f = np.linspace(0, top, len(x) + 2)[1:-1]
+    f = 700 * (10**(f / 2595) - 1) if mel else f
+    t, at, rng = np.arange(n) / rate, np.linspace(0, x.shape[1] - 1, n), np.random.default_rng(0)
+    return sum(np.exp(np.interp(at, np.arange(len(row)), row - x.max())) * np.sin(2*np.pi * (fk * t + rng.random())) for fk, row in zip(f, x))
+
+# %% ../nbs/13_missing.ipynb #6f23e970
+def sound(
+    item, mod:Modality,
+):              # (waveform, Hz); None where there is nothing to hear
+    "How an item sounds"
+    if item is None or mod.kind != 'audio': return None
+    rate, fbank = mod.info.get('rate', 16000), mod.info.get('feature') == 'fbank'
+    if mod.form == 'wave': return torch.as_tensor(item).numpy(), rate
+    x = _upright(item, mod)
+    if mod.info.get('feature') != 'spectrogram': x = x / 2                      # powers, not magnitudes
+    return sonify(x, x.shape[1] / 100 if fbank else mod.info.get('seconds', 1.), rate, mod.info.get('feature') != 'spectrogram'), rate
+
+def wav(
+    wave,       # any scale
+    rate:int,   # Hz
+)->bytes:       # 16 bit, one channel
+    "A WAV file in memory"
+    import io, wave as file
+    out, x = io.BytesIO(), np.asarray(wave, 'f8')
+    with file.open(out, 'wb') as f:
+        f.setnchannels(1); f.setsampwidth(2); f.setframerate(int(rate))
+        f.writeframes((x / max(np.abs(x).max(), 1e-9) * 30000).astype('<i2').tobytes())
+    return out.getvalue()
+
+# %% ../nbs/13_missing.ipynb #5b198e19
+def asker(
+    net:Net, method:Method,     # trained
+):                              # sample -> Pred
+    "A function that asks a net about one sample; what the sample lacks holds None"
+    preps, device = {m: e.prep for m, e in net.encs.items()}, next(net.parameters()).device
+    return lambda item: predict(net, method, collate([item], preps).to(device)).cpu()
+
+def opinions(
+    p:Pred,     # about one sample
+    classes,
+)->dict:        # each modality, and 'fused' -> (class, probability); None for who has nothing to go by
+    "What each modality says, in words"
+    def one(logits): q = logits.softmax(-1); return classes[int(q.argmax())], float(q.max())
+    return {m: one(l[0]) if here[0] else None for m, l, here in zip([*p.mods, 'fused'], [*p.logits, p.fused], [*p.present, p.present.any(0)])}
+
+# %% ../nbs/13_missing.ipynb #80fa8b5a
+def plot_sample(
+    item:dict,          # a sample; what is absent or hidden holds None
+    s:Splits,           # the dataset it belongs to
+    p:Pred|None=None,   # what a net says about it
+):
+    "A sample as a person meets it, and what a net makes of it; bars that are wrong are pale"
+    import matplotlib.pyplot as plt
+    n = len(s.modalities) + (p is not None)
+    axs, truth = plt.subplots(1, n, figsize=(2.7 * n, 2.3), layout='constrained', squeeze=False)[1][0], s.classes[item['y']]
+    for ax, (m, mod) in zip(axs, s.modalities.items()): draw_item(ax, item['x'][m], mod); ax.set_title(m, color=colour(m), fontsize=10)
+    if p is None: return axs
+    for k, (m, said) in enumerate(opinions(p, s.classes).items()):
+        name, q = said or ('–', 0.)
+        axs[-1].barh(k, q, color=colour(m), alpha=1. if name == truth else .35); axs[-1].text(.03, k, f'{name} {q:.0%}' if said else name, va='center', fontsize=8)
+    axs[-1].set(xlim=(0, 1), xticks=[0, 1]); axs[-1].set_yticks(range(len(p.mods) + 1), [*p.mods, 'fused'], fontsize=8); axs[-1].invert_yaxis()
+    axs[-1].set_title(f'truth: {truth}', fontsize=10)
+    return axs
+
+# %% ../nbs/13_missing.ipynb #decf4896
+def browse_samples(
+    s:Splits,       # any dataset
+    ask=None,       # sample -> Pred, as `asker` makes it; None: nobody is asked
+    split:str='test',
+):                  # a widget
+    "Look at samples, listen to them, read them; hide a modality and see what the net says then"
+    import ipywidgets as w
+    if split not in s.parts: raise unknown('split', split, s.parts)
+    ears = {m: w.Audio(format='wav', autoplay=False, loop=False) for m, mod in s.modalities.items() if mod.kind == 'audio'}
+    def draw(split, number, **shown):
+        "A sample: what there is to see, hear and read, and what the net says"
+        item = s.parts[split][number % len(s.parts[split])]
+        item = {**item, 'x': {m: v if shown[f'show {m}'] else None for m, v in item['x'].items()}}
+        for m, ear in ears.items():
+            heard = sound(item['x'][m], s.modalities[m])
+            ear.layout.display = 'none' if heard is None else ''
+            if heard: ear.value = wav(*heard)
+        plot_sample(item, s, ask and ask(item))
+    hides = {f'show {m}': w.Checkbox(True, description=f'show {m}', indent=False, layout=dict(width='12em')) for m in s.modalities}
+    most = max(map(len, s.parts.values()))
+    return w.VBox([play(draw, split=w.Dropdown(options=list(s.parts), value=split, description='split'), number=slider('sample', 0, 0, most - 1, 1), **hides), *ears.values()])

@@ -81,7 +81,7 @@ def _as_large(x, shape):
     if not shape or list(x.shape[-2:]) == list(shape[-2:]): return x
     return F.interpolate(x[None].float(), tuple(shape[-2:]), mode='bilinear', antialias=True)[0].round().clamp(0, 255).byte()
 
-# %% ../nbs/17_predict.ipynb #b3e66d67
+# %% ../nbs/17_predict.ipynb #bc84eed4
 def read_item(
     m:str, source,      # modality; a path, dict(path=…, span=(start, end), crop='left'), an array, a PIL image or a text
     about:dict,         # what the run's config.json says
@@ -91,16 +91,17 @@ def read_item(
     mod, shape = Modality(**about['modalities'][m]), about.get('items', {}).get(m) or about['modalities'][m]['info'].get('shape')
     what = _where(m, source)
     if isinstance(source, dict) and len(source) == 1: source = what
-    if mod.kind == 'text' and not isinstance(what, (str, Path)): raise InputError(f"{m}: {type(what).__name__} is no text; give a str, or a Path to a text file.")
+    if mod.form == 'text' and not isinstance(what, (str, Path)): raise InputError(f"{m}: {type(what).__name__} is no text; give a str, or a Path to a text file.")
+    if mod.form == 'vector' and isinstance(what, (str, Path)): raise InputError(f"{m}: this run reads extracted features; give a vector of shape {tuple(shape or ())}, made by the encoder it was trained on.")
     if not isinstance(what, (str, Path)):
         what = _in_memory(m, what, mod, shape)
         if mod.form != 'wave' and list(what.shape) == list(shape or ()): return what
         source = {**source, 'path': what} if isinstance(source, dict) else what
     reader = getattr(datasets.get(about['run']['dataset']), 'reader', plain_item)
     item = reader(m, source, about.get('dataset', {}), replace(mod, info={'item': shape, **mod.info}), key)
-    return item if mod.kind == 'text' else _finite(item, what if isinstance(what, (str, Path)) else m)
+    return item if isinstance(item, str) else _finite(item, what if isinstance(what, (str, Path)) else m)
 
-# %% ../nbs/17_predict.ipynb #22bbcef6
+# %% ../nbs/17_predict.ipynb #43a4e540
 def _where(m, source):
     "The file or array itself"
     if not isinstance(source, dict): return source
@@ -120,7 +121,8 @@ def _in_memory(m, x, mod, shape):
         if not frames: raise InputError(f"{m}: a clip in memory is (N,3,H,W) or (N,H,W,3) uint8 pixels, or a list of pictures inside the list of samples.")
         return torch.stack([as_pixels(f, m) for f in frames])
     x = _tensor(x, m)
-    return _finite(x.float(), m) if mod.form == 'features' and list(x.shape) == list(shape or ()) else as_wave(x, m)
+    if mod.form == 'vector' and list(x.shape) != list(shape or ()): raise InputError(f"{m}: a vector of extracted features has shape {tuple(shape or ())}; got {tuple(x.shape)}.")
+    return _finite(x.float(), m) if mod.form in ('features', 'vector') and list(x.shape) == list(shape or ()) else as_wave(x, m)
 
 # %% ../nbs/17_predict.ipynb #62ab4bc4
 def as_samples(
@@ -530,7 +532,7 @@ ANY = dict(audio=Modality('audio', 'wave'), video=Modality('visual', 'frames'), 
 
 def _refuse(text): raise InputError(f"{text}; see mla_predict --help.")
 
-# %% ../nbs/17_predict.ipynb #bf430e1b
+# %% ../nbs/17_predict.ipynb #6d27350e
 def _parser(
     mods,       # name -> Modality
 ):
@@ -538,7 +540,7 @@ def _parser(
     p = argparse.ArgumentParser('mla_predict', description=DOC, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.error = _refuse
     p.add_argument('run', help='folder of a finished run, or of a saved predictor; it comes first')
-    for m, mod in mods.items(): p.add_argument(f'--{m}', metavar='TEXT' if mod.kind == 'text' else 'FILE', help=f'{m} of one sample')
+    for m, mod in mods.items(): p.add_argument(f'--{m}', metavar='TEXT' if mod.form == 'text' else 'FILE', help=f'{m} of one sample')
     if 'text' in mods: p.add_argument('--text_file', metavar='FILE', help='a text from a file')
     p.add_argument('--csv', metavar='FILE', help='a table with a column per modality; perhaps id and label')
     p.add_argument('--out', metavar='FILE', help='where the answers about --csv go')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SLOTS', 'HEADS', 'OWN_HEADS', 'LIKELY', 'M3AE_NAMES', 'IMAGENET', 'IDLE', 'resnet_shapes', 'm3ae_shapes',
-           'cavmae_shapes', 'head_shapes', 'released_shapes', 'which_model', 'which_head', 'as_resnet', 'as_m3ae',
-           'as_cavmae', 'as_ours', 'NoWords', 'released_prep', 'head_state', 'released_method', 'load_released']
+           'cavmae_shapes', 'released_shapes', 'which_model', 'which_head', 'as_ours', 'NoWords', 'released_prep',
+           'head_state', 'released_method', 'load_released']
 
 # %% ../nbs/17c_released.ipynb #1c4cfdf3
 import math, re
@@ -53,13 +53,13 @@ def cavmae_shapes(width:int=768, own:int=11, shared:int=1, frames:int=1024, side
     stacks = [f'blocks_{s}.{i}' for s, n in (('a', own), ('v', own), ('u', shared)) for i in range(n)]
     return _both(top, *map(block, stacks), _norm('norm_a', width), _norm('norm_v', width))
 
-# %% ../nbs/17c_released.ipynb #004f2815
+# %% ../nbs/17c_released.ipynb #adea8e1c
 SLOTS = dict(av=dict(audio='audio_net', video='visual_net'), cav=dict(audio='mae_a', video='mae_v'),
              m3ae=dict(text='mae_a', image='mae_v'), modal3=dict(audio='mae_a', video='mae_v', text='mae_t'))
 HEADS = dict(gs='one head shared by all modalities (MLA)', concat='one head on concatenated features', sum='one head per modality, logits added', qmf='one head per modality, logits weighted by confidence')
 OWN_HEADS = ('audio_fc', 'visual_fc', 'txtual_fc')      # of QMF, by slot
 
-def head_shapes(head:str, widths:list, classes:int)->dict:
+def _head_shapes(head:str, widths:list, classes:int)->dict:
     "Names and shapes of a released head"
     if head not in HEADS: raise unknown('head', head, HEADS)
     if head == 'gs': return _linear('fusion_module.fc_out', classes, widths[0])
@@ -77,7 +77,7 @@ def released_shapes(
     if model not in SLOTS: raise unknown('released model', model, SLOTS)
     def table(m): return resnet_shapes(1 if m == 'audio' else 3) if model == 'av' else cavmae if model == 'cav' or m == 'audio' else m3ae
     width = 512 if model == 'av' else next(iter(cavmae.values() if model == 'cav' else m3ae.values()))[-1]
-    out = head_shapes(head, [width] * len(SLOTS[model]), classes)
+    out = _head_shapes(head, [width] * len(SLOTS[model]), classes)
     for m, slot in SLOTS[model].items(): out |= {f'{slot}.{k}': v for k, v in table(m).items()}
     return {f'module.{k}': v for k, v in out.items()}
 
@@ -115,34 +115,38 @@ LIKELY = {('av', 6): 'cremad', ('cav', 6): 'cremad', ('av', 31): 'kinetics', ('a
 M3AE_NAMES = {r'^encoder\.layer_norm': 'body.norm', r'^encoder\.blocks': 'body.blocks', r'layer_norm(\d)': r'norm\1', r'attention\.qkv_linear': 'attn.qkv', r'attention\.fc': 'attn.proj',
               r'transformer_mlp\.': '', r'^cls_token': 'cls', r'^encoder_(\w+)_type_embedding': r'type_\1', r'^text_embedding': 'tokens', r'^image_embedding': 'patches'}
 
-# %% ../nbs/17c_released.ipynb #4aac9a4c
+# %% ../nbs/17c_released.ipynb #f009b42f
 def _shape(part, name, where):
     if name not in part: raise InputError(f"{where}: {name} is missing, so the encoder's size is not known; the file is damaged, fetch it again.")
     return part[name].shape
 
-def _depth(names): return 1 + max((int(m[1]) for k in names if (m := re.match(r'body\.blocks\.(\d+)\.', k))), default=0)
+def _depth(names, width):
+    "Blocks of an encoder; of a published width as many as were published, so that a lost one is missed"
+    found = 1 + max((int(m[1]) for k in names if (m := re.match(r'body\.blocks\.(\d+)\.', k))), default=0)
+    return max(found, next((s['depth'] for s in SIZES.values() if s['width'] == width), 0))
 
-def as_resnet(part, m, heads, where):
+# %% ../nbs/17c_released.ipynb #01873e5e
+def _as_resnet(part, m, heads, where):
     "A ResNet-18, whose names are torchvision's"
     return resnet18_trunk(1 if m == 'audio' else 3), {k: k for k in part}
 
-def as_m3ae(part, m, heads, where):
+def _as_m3ae(part, m, heads, where):
     "An M3AE of this size"
     names, reads, other = ({renamed(k, M3AE_NAMES): k for k in part}, *(('text', ('patches', 'type_image')) if m == 'text' else ('image', ('tokens', 'type_text'))))
     w, vocab = _shape(part, 'cls_token', where)[-1], _shape(part, 'text_embedding.weight', where)[0]
     patch = math.isqrt(_shape(part, 'image_embedding.weight', where)[-1] // 3)
-    return M3AE(w, _depth(names), heads or max(1, w // 64), (reads,), vocab, patch, pool='all'), {k: v for k, v in names.items() if k.split('.')[0] not in other}
+    return M3AE(w, _depth(names, w), heads or max(1, w // 64), (reads,), vocab, patch, pool='all'), {k: v for k, v in names.items() if k.split('.')[0] not in other}
 
-def as_cavmae(part, m, heads, where):
+def _as_cavmae(part, m, heads, where):
     "One path of a CAV-MAE of this size"
     side, channels = ('a', 1) if m == 'audio' else ('v', 3)
     names, (_, n, w) = one_path({k: k for k in part}, side), _shape(part, f'pos_embed_{side}', where)
     rows = 8 if side == 'a' else math.isqrt(n)
-    return CAVMAE(w, _depth(names), heads or max(1, w // 64), channels, (rows, n // rows)), names
+    return CAVMAE(w, _depth(names, w), heads or max(1, w // 64), channels, (rows, n // rows)), names
 
 def as_ours(part:dict, m:str, heads=None, where='this file')->tuple:
     "An encoder of ours for a slot, and where each of its weights is found: our name -> their name"
-    make = as_resnet if 'conv1.weight' in part else as_cavmae if any(k.startswith('blocks_') for k in part) else as_m3ae
+    make = _as_resnet if 'conv1.weight' in part else _as_cavmae if any(k.startswith('blocks_') for k in part) else _as_m3ae
     net, names = make(part, m, heads, where)
     return (OverFrames(net), {f'net.{k}': v for k, v in names.items()}) if m in ('video', 'image') else (net, names)
 

@@ -106,6 +106,7 @@ def child(folder):
     for name in DRAWN: out[f"{name}|drawn"] = trained(name, DATA["missing"](), [Accelerate("cpu")], options=dict(order="random") if name == "ensemble" else {}, epochs=3)
     for shuffle in ("all", "shards"):
         for ready in (2**30, 0): out[f"mla|{shuffle} {ready}"] = trained("mla", None, [Accelerate("cpu")], dls=loaded(8, shuffle, ready))
+    out["mla|twice"] = trained("mla", DATA["missing"](), [Accelerate("cpu")], epochs=1).fit(2)
     for name in ("mla", "qmf"): out[f"{name}|pieces"] = trained(name, DATA["missing"](), [Accelerate("cpu", piece=3)])
     try: trained("mla", DATA["all"](), [Accelerate("cpu")], lr=1e30); said = "nothing"
     except InputError as e: said = str(e)
@@ -156,6 +157,9 @@ def test_shards_train_and_agree(two):
 
 @pytest.mark.parametrize("name", ["mla", "qmf"])
 def test_pieces_on_two_processes(two, name): equal(two(0, f"{name}|pieces"), found(trained(name, DATA["missing"]())), 2e-6)
+
+
+def test_training_that_goes_on(two): equal(two(1, "mla|twice"), found(trained("mla", DATA["missing"]())))
 
 
 def test_a_loss_that_breaks_down_stops_all_processes(two):

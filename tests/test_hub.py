@@ -171,6 +171,7 @@ def test_pools(models):
     for model, pool, what in (("wav2vec2", "pooler", "no pooler"), ("resnet", "cls", "no class token")):
         enc, raw = make("hf_audio" if model == "wav2vec2" else "hf_visual", "wave" if model == "wav2vec2" else "image", models / model, pool=pool)
         with pytest.raises(InputError, match=what): enc(enc.prep(raw))
+    with pytest.raises(InputError, match="nothing about single positions"): pooled(object())
 
 
 def test_weights_are_those_of_the_folder(models):
@@ -180,9 +181,24 @@ def test_weights_are_those_of_the_folder(models):
     theirs = {k.removeprefix("text_model."): v for k, v in stored.items() if k.startswith("text_model.")}
     mine = {k.removeprefix("net.").removeprefix("text_model."): v for k, v in enc.state_dict().items()}
     assert set(theirs) == set(mine) and all(v.equal(mine[k]) for k, v in theirs.items())
-    other, _ = make("hf_text", "text", models / "clip", pretrained=False)
+    stored = load_file(models / "timm/model.safetensors")
+    enc, _ = make("timm_visual", "image", models / "timm")
+    assert all(v.equal(stored[k.removeprefix("net.net.")]) for k, v in enc.state_dict().items())
+    enc, other = (make("hf_text", "text", models / "clip", pretrained=k)[0] for k in (True, False))
     assert enc.weights == str(models / "clip") and other.weights == "random"
     assert not all(v.equal(other.state_dict()[k]) for k, v in enc.state_dict().items())
+
+
+def test_a_timm_model_by_name_reads_what_was_fetched_for_it(models, monkeypatch):
+    "The folder stands for the cache: nothing else is asked, and its weights are the ones that are used"
+    from safetensors.torch import load_file
+    asked = []
+    monkeypatch.setattr(hub, "hub_folder", lambda name, weights=True: asked.append(name) or models / "timm")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("somebody called home"))
+    enc, _ = make("timm_visual", "image", "test_resnet", train_last=0)
+    stored = load_file(models / "timm/model.safetensors")
+    assert asked == ["timm/test_resnet.r160_in1k"] and enc.weights == "test_resnet"
+    assert all(v.equal(stored[k.removeprefix("net.net.")]) for k, v in enc.state_dict().items())
 
 
 def test_checkpointing_changes_memory_not_gradients(models):

@@ -76,7 +76,8 @@ def linked(text, path):
         file = (path.parent / target.split("#")[0]).resolve()
         if file.suffix == ".ipynb" and "experiments" not in file.parts and file.exists(): return m[0]
         return f"`{label.strip('`')}`" if "example.invalid" in url else f"[{label}]({url}/blob/{settings()['branch']}/{file.relative_to(ROOT)})"
-    return re.sub(r"(?<!!)\[([^\]\n]+)\]\(([^)\s]+)\)", one, text)
+    parts = re.split(r"(^```.*?^```)", text, flags=re.S | re.M)                          # heads[m](z) in code is no link
+    return "".join(t if k % 2 else re.sub(r"(?<!!)\[([^\]\n]+)\]\(([^)\s]+)\)", one, t) for k, t in enumerate(parts))
 
 
 def api(module):

@@ -15,9 +15,10 @@ from ..core import *
 from .prepared import *
 from .media import *
 
-# %% ../../nbs/data/22_food101.ipynb #9117a97a
+# %% ../../nbs/data/22_food101.ipynb #9499c943
 PARTS, PICTURES, CLASSES = ('train', 'test'), ('.jpg', '.jpeg', '.png'), 101
 
+# %% ../../nbs/data/22_food101.ipynb #cea1a4b2
 def food101_images(
     root,       # the unpacked download
 )->dict:        # id -> dict(id, y, split, image)
@@ -32,6 +33,7 @@ def food101_images(
             out[p.stem] = dict(id=p.stem, y=p.parent.name, split=split, image=str(p))
     return out
 
+# %% ../../nbs/data/22_food101.ipynb #9117a97a
 def read_titles(
     path,       # CSV without a header: image name, title, class
 )->list:        # dict(id, text, y) each; an empty title is None
@@ -63,7 +65,7 @@ def food101_rows(
     for what, ids in odd.items(): print(f"{len(ids)} {what} ({', '.join(ids[:3])}{', …' if ids[3:] else ''})")
     return check_rows([rows[k] for k in sorted(rows)], 'food101')
 
-# %% ../../nbs/data/22_food101.ipynb #b78fe82e
+# %% ../../nbs/data/22_food101.ipynb #273c4270
 def repeats(
     splits:dict,    # split -> rows
     key,            # row -> something to compare, or None
@@ -75,11 +77,12 @@ def repeats(
             if (k := key(r)) is not None: same[k].append((split, r['id'], r['y']))
     return [group for group in same.values() if len(group) > 1]
 
+# %% ../../nbs/data/22_food101.ipynb #b78fe82e
 def across(groups:list, what:int=0)->list:
     "The groups that are in more than one split (0) or class (2)"
     return [g for g in groups if len({s[what] for s in g}) > 1]
 
-# %% ../../nbs/data/22_food101.ipynb #8482a0c8
+# %% ../../nbs/data/22_food101.ipynb #bb314ae1
 def listed_rows(
     root, lists:dict,   # the download; split -> entries, from `read_split`
     have:dict,          # id (a file name's stem) -> row
@@ -96,6 +99,7 @@ def listed_rows(
         out[e['id']] = row
     return list(out.values())
 
+# %% ../../nbs/data/22_food101.ipynb #8482a0c8
 def split_by_lists(
     root, have:dict, files,     # as in `listed_rows`; TRAIN TEST, or TRAIN VALID TEST
     labels=None,                # a label in lower case -> class name; None: as the lists have them
@@ -122,7 +126,7 @@ def food101_splits(
     train, valid = share_out([r for r in rows if r['split'] == 'train'], (.9, .1), seed)
     return dict(train=train, valid=valid, test=[r for r in rows if r['split'] == 'test'])
 
-# %% ../../nbs/data/22_food101.ipynb #004ddb6e
+# %% ../../nbs/data/22_food101.ipynb #4f368e23
 def halves(
     splits:dict, names,     # split -> rows; the modalities that a whole sample has
     incomplete:str='keep',  # or 'skip'
@@ -137,6 +141,7 @@ def halves(
         raise InputError(f"{k} of {n} samples have no {m}, so this is hardly the complete download; leave them out with --incomplete skip.")
     return {s: [r for r in rows if len(lacks(r)) < few] for s, rows in splits.items()}, gaps
 
+# %% ../../nbs/data/22_food101.ipynb #004ddb6e
 def prepare_pairs(
     name:str, title:str, classes:list, splits:dict,     # the dataset's short and its full name
     root, split, o:dict,            # the download; --split; from `media_options`, with `incomplete`

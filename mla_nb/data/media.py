@@ -22,7 +22,7 @@ from ..encoders.audio import *
 from ..encoders.visual import *
 from .prepared import *
 
-# %% ../../nbs/data/19b_media.ipynb #c42e5fe3
+# %% ../../nbs/data/19b_media.ipynb #2993676a
 def write_video(
     path,           # its suffix decides the container: .flv, .mp4, .avi
     frames,         # (H,W,3) uint8 pictures
@@ -45,6 +45,7 @@ def write_video(
             for f in _sound_frames(av, a.codec_context, wave, rate): c.mux(a.encode(f))
             c.mux(a.encode())
 
+# %% ../../nbs/data/19b_media.ipynb #c42e5fe3
 def _sound_frames(av, codec, wave, rate):
     "The waveform in pieces of the size that the codec wants"
     x = (np.asarray(wave).clip(-1, 1) * 32767).astype('i2')[None]
@@ -53,7 +54,7 @@ def _sound_frames(av, codec, wave, rate):
     for f in av.AudioResampler(format=codec.format, layout='mono', rate=rate).resample(whole): f.pts = None; fifo.write(f)
     return fifo.read_many(codec.frame_size or 1024, partial=True)
 
-# %% ../../nbs/data/19b_media.ipynb #4746f21d
+# %% ../../nbs/data/19b_media.ipynb #10e41620
 def video_frames(
     path,                   # of a video file
     every:float=1.,         # seconds between frames
@@ -84,13 +85,14 @@ def video_frames(
     found = found or [last.to_image()]                      # a span between two frames
     return [_shrink(im, crop, size) for im in ([found[i] for i in evenly(len(found), limit)] if len(found) > limit else found)]
 
+# %% ../../nbs/data/19b_media.ipynb #4746f21d
 def _shrink(im, crop, size):
     w, h = im.size
     if crop: im = im.crop(tuple(round(s * n) for s, n in zip(crop, (w, h, w, h))))
     if size: im = im.resize((size, size), 2, reducing_gap=2.)
     return torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1)
 
-# %% ../../nbs/data/19b_media.ipynb #a60ea9ff
+# %% ../../nbs/data/19b_media.ipynb #4a3822c2
 def _opened(path, kind):
     "An open container that has a stream of this kind ('video' or 'audio')"
     import av
@@ -101,15 +103,17 @@ def _opened(path, kind):
     if not getattr(c.streams, kind): c.close(); raise InputError(f"{path}: the file has no {kind} stream.")
     return c
 
+# %% ../../nbs/data/19b_media.ipynb #a60ea9ff
 def _head(path, what):
     try:
         with open(path, 'rb') as f: return f.read(1024), os.fstat(f.fileno()).st_size
     except FileNotFoundError: raise InputError(f"{path}: there is no such {what} file; check the path.") from None
     except (PermissionError, IsADirectoryError) as e: raise InputError(f"{path}: cannot be read ({e.strerror.lower()}).") from None
 
-# %% ../../nbs/data/19b_media.ipynb #bb26b282
+# %% ../../nbs/data/19b_media.ipynb #854bbdf0
 MEDIA = '.flv .mp4 .avi .mkv .webm .mov .mpg .m4a'.split()
 
+# %% ../../nbs/data/19b_media.ipynb #bb26b282
 def sound_of(
     path,                   # a sound file, or a video with a sound track
     rate:int=16000,         # Hz to resample to
@@ -150,10 +154,11 @@ def read_text(
         except UnicodeDecodeError: continue
     raise InputError(f"{name}: is marked as UTF-16, but is not; save it as UTF-8.")
 
-# %% ../../nbs/data/19b_media.ipynb #77ff3db1
+# %% ../../nbs/data/19b_media.ipynb #f6f5f2b6
 FEATURES = ('spectrogram', 'fbank', 'log_mel')
 RATE = 16000
 
+# %% ../../nbs/data/19b_media.ipynb #db09c9ba
 def media_options(
     audio:str='spectrogram', seconds:float=5., fps:float=1., frames:int=3, size:int=224, seed:int=0,
     **more,     # of the dataset's own; stored with these
@@ -163,6 +168,7 @@ def media_options(
     of_kind('frames', frames, int, 1, 10), of_kind('size', size, int, 16, 1024), of_kind('seed', seed, int, 0)
     return dict(audio=audio, seconds=of_kind('seconds', seconds, float, .1, 60), fps=of_kind('fps', fps, float, .1, 30), frames=frames, size=size, seed=seed, **more)
 
+# %% ../../nbs/data/19b_media.ipynb #eb4a837e
 def audio_features(wave, o:dict, key:str=''):
     "The stored features of a waveform at 16 kHz; `key` (an id) and the seed decide where long clips are cut"
     n = int(o['seconds'] * RATE)
@@ -171,6 +177,7 @@ def audio_features(wave, o:dict, key:str=''):
     x = excerpt(wave, n, start)
     return log_spectrogram(x) if o['audio'] == 'spectrogram' else log_mel(x[None], RATE, 64, 128)[0]
 
+# %% ../../nbs/data/19b_media.ipynb #77ff3db1
 def media_modalities(
     names,      # of 'audio', 'video', 'image', 'text'
     o:dict,     # from `media_options`
@@ -182,7 +189,7 @@ def media_modalities(
                 image=lambda: Modality('visual', 'image', dict(size=o['size'])), text=lambda: Modality('text', 'text'))
     return {m: made[m]() for m in made if m in names}
 
-# %% ../../nbs/data/19b_media.ipynb #3b0bdb78
+# %% ../../nbs/data/19b_media.ipynb #9ad5938a
 def read_media(
     row:dict,   # id, y; and any of audio, video, image (paths), text (itself) or text_file, span (seconds), crop (shares)
     o:dict,     # from `media_options`
@@ -196,6 +203,7 @@ def read_media(
     elif row.get('text') is not None: out['text'] = row['text']
     return out
 
+# %% ../../nbs/data/19b_media.ipynb #3b0bdb78
 def open_image(path, size:int|None=None):
     "An image file as (3,H,W) uint8, shrunk to size × size"
     from PIL import Image, UnidentifiedImageError
@@ -208,11 +216,12 @@ def open_image(path, size:int|None=None):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"{path}: not a readable image ({str(e).split('<')[0].strip()}); fetch it again or leave it out.") from e
 
-# %% ../../nbs/data/19b_media.ipynb #b646d84d
+# %% ../../nbs/data/19b_media.ipynb #27b5dadd
 def numbered(text:str)->list:
     "(number, line) of the lines that hold something; unlike `splitlines`, no other separator counts: tweets hold those"
     return [(k, s) for k, s in enumerate(re.split(r'\r?\n|\r', text), 1) if s.strip()]
 
+# %% ../../nbs/data/19b_media.ipynb #b646d84d
 def read_split(
     path,           # of a list of samples
 )->list:            # dict(id, label, …) each
@@ -229,31 +238,35 @@ def read_split(
         return [_named(path, k, dict(zip(head, (v.strip() for v in r)))) for k, r in enumerate(rows[1:], 2)]
     return [_fields(path, k, s, s.strip().rsplit(',' if ',' in s else None, 1)) for k, s in enumerate(lines, 1)]
 
-# %% ../../nbs/data/19b_media.ipynb #1cf2c06f
+# %% ../../nbs/data/19b_media.ipynb #292008db
 def stem(name:str)->str:
     "A sample's id from a file name: without folders and media suffix"
     return re.sub(r'\.(wav|flv|mp4|avi|mkv|webm|mov|mpg|m4a|jpe?g|png|txt)$', '', name.replace('\\', '/').rsplit('/', 1)[-1].strip(), flags=re.I)
 
+# %% ../../nbs/data/19b_media.ipynb #6d072cb4
 def _fields(path, k, line, parts):
     if len(parts) < 2 or not (stem(parts[0]) and parts[-1].strip()): raise InputError(f"{path}, line {k}: {line.strip()!r} is not a sample; expected `id,label` or `name label`.")
     return dict(id=stem(parts[0]), label=parts[-1].strip(), **(dict(text=' '.join(parts[1:-1]).strip()) if len(parts) > 2 else {}))
 
+# %% ../../nbs/data/19b_media.ipynb #960d7a40
 def _json_line(path, k, line):
     try: row = json.loads(line)
     except ValueError as e: raise InputError(f"{path}, line {k}: not valid JSON ({e}).") from e
     return _named(path, k, row)
 
+# %% ../../nbs/data/19b_media.ipynb #1cf2c06f
 def _named(path, k, row):
     lost = [f for f in ('id', 'label') if not isinstance(row, dict) or row.get(f) in (None, '') or f == 'id' and not stem(str(row[f]))]
     if lost: raise InputError(f"{path}, line {k}: there is no {lost[0]!r}; every sample needs an id and a label.")
     return {**row, 'id': stem(str(row['id'])), 'label': str(row['label'])}
 
-# %% ../../nbs/data/19b_media.ipynb #857c1d7f
+# %% ../../nbs/data/19b_media.ipynb #efd62d9d
 def origin(title:str, root, split)->dict:
     "Where a prepared dataset came from, as its dataset.json says; a miniature is named as such"
     made = ' (miniature: made, not recorded)' if (Path(root)/'MINIATURE.txt').exists() else ''
     return dict(name=title + made, split=[Path(s).name for s in split])
 
+# %% ../../nbs/data/19b_media.ipynb #bfc0ef33
 def check_rows(rows:list, name:str)->list:
     "Refuse duplicate ids; an empty list is the wrong folder"
     if not rows: raise InputError(f"{name}: no samples found; is --root the folder that the download was unpacked to?")
@@ -263,6 +276,7 @@ def check_rows(rows:list, name:str)->list:
     if odd: raise InputError(f"{name}: the id {odd[0]!r} is not valid text; rename that file or sample.")
     return rows
 
+# %% ../../nbs/data/19b_media.ipynb #857c1d7f
 def split_by_files(
     rows:list,          # all samples there are
     lists:dict,         # split -> list of dict(id, label), from `read_split`; without 'valid' a tenth of train
@@ -305,12 +319,13 @@ def share_out(
             part |= {i: k for k, some in enumerate(np.split(ids, np.round(cuts * len(ids)).astype(int))) for i in some}
     return [[r for r in rows if part[r['id']] == k] for k in range(len(shares))]
 
-# %% ../../nbs/data/19b_media.ipynb #56d2a8fd
+# %% ../../nbs/data/19b_media.ipynb #5dfaa3b6
 def media_folder(name:str, data='data', variant:str='')->Path:
     "Where a variant of a dataset lives"
     if not re.fullmatch(r'[\w.-]*', variant) or variant.startswith('.'): raise InputError(f"variant={variant!r}: must be letters, digits, dots, dashes and underscores, not beginning with a dot.")
     return Path(data)/(f'{name}-{variant}' if variant else name)
 
+# %% ../../nbs/data/19b_media.ipynb #e2cc0c42
 def prepare_media(
     name:str, classes:list,
     splits:dict,            # split -> rows
@@ -333,6 +348,7 @@ def prepare_media(
     if progress: print(summary(out))
     return out
 
+# %% ../../nbs/data/19b_media.ipynb #56d2a8fd
 def _rows_sha(splits):
     "A checksum of who is where: the rows without the folders their files lie in"
     import hashlib
@@ -351,12 +367,13 @@ def summary(folder)->str:
         lines += [f"left out: {sum(meta['skipped'].values())}, listed in {folder}/skipped.csv"] + [f'  {n} × {reason}' for reason, n in why.most_common(5)]
     return '\n'.join(lines)
 
-# %% ../../nbs/data/19b_media.ipynb #ccabc920
+# %% ../../nbs/data/19b_media.ipynb #a79a7c04
 HELP = dict(audio=f"what is made of sound: {', '.join(FEATURES)}", seconds='of sound per clip', fps='frames stored per second of video', frames='frames that a sample shows',
             size='pixels along a side', seed='of random splits and of where long clips are cut')
 
 SMALL = dict(audio='log_mel', seconds=1.5, size=48)     # what is stored of a miniature, unless something else is asked for
 
+# %% ../../nbs/data/19b_media.ipynb #1645b44e
 def media_parser(name:str, doc:str, splits:str, default:str='random', **extra):
     "The command line that all preparation scripts share; `extra` are further options: name -> (default, help), or None for one of `media_options` that means nothing here"
     import argparse
@@ -369,6 +386,7 @@ def media_parser(name:str, doc:str, splits:str, default:str='random', **extra):
     p.add_argument('--variant', default='', metavar='NAME', help=f'keep it beside others, as {name}-NAME')
     return add_options(p, **extra)
 
+# %% ../../nbs/data/19b_media.ipynb #ccabc920
 def add_options(p, **extra):
     "What to store, and where: the options of every preparation script"
     offered = {**{k: (v, HELP[k]) for k, v in media_options().items()}, **extra}
@@ -379,7 +397,7 @@ def add_options(p, **extra):
     p.add_argument('--force', action='store_true', help='replace a dataset that was prepared differently')
     return p
 
-# %% ../../nbs/data/19b_media.ipynb #6a6b9a56
+# %% ../../nbs/data/19b_media.ipynb #2755b7d6
 def media_main(
     name:str, doc:str,
     prepare_it,         # root, split, and the options -> the folder made
@@ -398,6 +416,7 @@ def media_main(
         return prepare_it(small, **{**SMALL, **a, 'variant': a['variant'] or 'miniature'})
     in_a_sentence(name, prepare_root)
 
+# %% ../../nbs/data/19b_media.ipynb #51a957ff
 def in_a_sentence(name:str, do):
     "Run a preparation; whatever goes wrong ends the script with one sentence"
     try: out = do()
@@ -407,6 +426,7 @@ def in_a_sentence(name:str, do):
     except KeyboardInterrupt: sys.exit(f'prepare_{name}: stopped; the same command goes on where it stopped')
     print(f'ready: {out}')
 
+# %% ../../nbs/data/19b_media.ipynb #6a6b9a56
 def the_splits(
     rows:list, how:list,    # all samples; --split
     labels:dict,            # as in `split_by_files`

@@ -17,7 +17,7 @@ from .prepared import *
 from .media import *
 from ..encoders.visual import encode_image
 
-# %% ../../nbs/data/19c_miniature.ipynb #8c09380f
+# %% ../../nbs/data/19c_miniature.ipynb #28da7050
 def moods(
     n:int,          # samples, about the same number of each class
     classes:int,    # 2 … 6
@@ -36,6 +36,7 @@ def moods(
     rows = [by[i % classes][i // classes] for i in range(n)]
     return [dict(y=int(s.y[i]), face=int(expressed[i]), text=s.x['text'][i], **(dict(audio=s.x['audio'][i].numpy()) if heard else {})) for i in rows]
 
+# %% ../../nbs/data/19c_miniature.ipynb #8c09380f
 def clip_of(
     states,         # one state of the face per second
     rng,            # numpy Generator
@@ -46,9 +47,10 @@ def clip_of(
     first = [list(states).index(s) for s in states]                 # the same mood, the same person
     return np.stack([np.roll(one[first[k // fps]], rng.integers(-2, 3, 2), (0, 1)) for k in range(fps * len(states))])
 
-# %% ../../nbs/data/19c_miniature.ipynb #5c19997a
+# %% ../../nbs/data/19c_miniature.ipynb #7a67a641
 SENTENCES = 'IEO TIE IOM IWW TAI MTI IWL ITH DFA ITS TSI WSI'.split()
 
+# %% ../../nbs/data/19c_miniature.ipynb #5c19997a
 def _cremad(root, n, seed):
     import soundfile as sf
     codes, rng = ['HAP', 'NEU', 'FEA', 'DIS', 'SAD', 'ANG'], np.random.default_rng([seed, 1])
@@ -59,9 +61,10 @@ def _cremad(root, n, seed):
         sf.write(root/f'AudioWAV/{name}.wav', r['audio'], RATE)
         write_video(root/f'VideoFlash/{name}.flv', clip_of([r['face']] * (2 + i % 2), rng)[:, :, 12:84], 8)
 
-# %% ../../nbs/data/19c_miniature.ipynb #f0bdad35
+# %% ../../nbs/data/19c_miniature.ipynb #51adbccf
 FOODS = ['apple_pie', 'baklava', 'ceviche', 'gnocchi', 'pho', 'waffles']
 
+# %% ../../nbs/data/19c_miniature.ipynb #c7296458
 def _food101(root, n, seed):
     rng, titles = np.random.default_rng([seed, 2]), dict(train=[], test=[])
     for i, r in enumerate(moods(n, 6, seed, heard=False)):
@@ -76,6 +79,7 @@ def _food101(root, n, seed):
 
 POLARITY = ['positive', 'neutral', 'negative']
 
+# %% ../../nbs/data/19c_miniature.ipynb #f0bdad35
 def _mvsa(root, n, seed):
     rng, lines = np.random.default_rng([seed, 3]), ['ID\ttext,image']
     (root/'data').mkdir(parents=True)
@@ -87,7 +91,7 @@ def _mvsa(root, n, seed):
         lines.append(f"{i}\t{POLARITY[r['y']]},{other}")
     (root/'labelResultAll.txt').write_text('\n'.join(lines) + '\n')
 
-# %% ../../nbs/data/19c_miniature.ipynb #434019f0
+# %% ../../nbs/data/19c_miniature.ipynb #8ff1491f
 def _iemocap(root, n, seed):
     "Ten dialogues; in each, the two actors take turns"
     rng, codes, rows = np.random.default_rng([seed, 4]), ['hap', 'ang', 'neu', 'sad'], moods(n, 4, seed)
@@ -97,6 +101,7 @@ def _iemocap(root, n, seed):
         if d % 2: some = [dict(r, text=script.setdefault((r['y'], k // 4), r['text'])) for k, r in enumerate(some)]       # lines that everybody says
         if some: _dialogue(root/f'Session{d // 2 + 1}', f"Ses0{d // 2 + 1}{'FM'[d % 2]}_{('impro01', 'script01_1')[d % 2]}", some, codes, rng)
 
+# %% ../../nbs/data/19c_miniature.ipynb #434019f0
 def _dialogue(session, name, rows, codes, rng):
     import soundfile as sf
     folders = dict(label='dialog/EmoEvaluation', words='dialog/transcriptions', wav=f'sentences/wav/{name}', avi='dialog/avi/DivX')
@@ -128,9 +133,10 @@ def _kinetics(root, n, seed):
         lists[split].append(f'clip{i:04d}.mp4,{label}')
     for split, lines in lists.items(): (root/f'{split}.csv').write_text('\n'.join(lines) + '\n')
 
-# %% ../../nbs/data/19c_miniature.ipynb #a1241aed
+# %% ../../nbs/data/19c_miniature.ipynb #dfb1d390
 MINIATURES = dict(cremad=_cremad, food101=_food101, mvsa=_mvsa, iemocap=_iemocap, kinetics=_kinetics)
 
+# %% ../../nbs/data/19c_miniature.ipynb #a1241aed
 def miniature(
     name:str,       # 'cremad', 'food101', 'mvsa', 'iemocap' or 'kinetics'
     root,           # folder to make

@@ -22,11 +22,12 @@ PUBLISHED = {('positive', 'positive'): 1398, ('positive', 'neutral'): 255, ('pos
              ('neutral', 'positive'): 1030, ('neutral', 'neutral'): 470, ('neutral', 'negative'): 421,
              ('negative', 'positive'): 280, ('negative', 'neutral'): 213, ('negative', 'negative'): 724}
 
-# %% ../../nbs/data/23_mvsa.ipynb #aa21d71e
+# %% ../../nbs/data/23_mvsa.ipynb #54dab566
 def agree(text, image):
     "The label of both, if they agree"
     return text if text == image else None
 
+# %% ../../nbs/data/23_mvsa.ipynb #aa21d71e
 def resolve(text, image):
     "The label of both, or of the one that is not neutral; opposites have none"
     if text == image or image == 'neutral': return text
@@ -34,7 +35,7 @@ def resolve(text, image):
 
 LABEL_RULES = dict(agree=agree, resolve=resolve)
 
-# %% ../../nbs/data/23_mvsa.ipynb #e86e70ec
+# %% ../../nbs/data/23_mvsa.ipynb #b4ec2966
 def read_labels(
     path,       # labelResultAll.txt
 )->dict:        # id -> (label of the text, label of the image)
@@ -53,6 +54,7 @@ def read_labels(
     if not out: raise InputError(f"{path}: there is no label in it; expected lines `ID<TAB>text,image`.")
     return out
 
+# %% ../../nbs/data/23_mvsa.ipynb #e86e70ec
 def mvsa_files(
     root,       # the unpacked download
 )->dict:        # id -> dict(id, image, text_file), as far as they are there
@@ -78,7 +80,7 @@ def mvsa_rows(
     found = {i: LABEL_RULES[labels](*pair) for i, pair in table.items() if i in files}
     return check_rows([dict(files[i], y=y) for i, y in found.items() if y], 'mvsa')
 
-# %% ../../nbs/data/23_mvsa.ipynb #8774fdb1
+# %% ../../nbs/data/23_mvsa.ipynb #4d7b471d
 def mvsa_splits(
     root, how=('random',),  # the download; ['random'], or files
     labels:str='agree',     # a rule of `LABEL_RULES`
@@ -93,6 +95,7 @@ def mvsa_splits(
         if odd: print(f"{len(odd)} labels of the lists are not what the rule {labels!r} makes of labelResultAll.txt ({', '.join(odd[:3])}{', …' if odd[3:] else ''}); the lists' hold")
     return splits
 
+# %% ../../nbs/data/23_mvsa.ipynb #8774fdb1
 def bare(text:str)->tuple:
     "The words of a tweet without its links and retweet mark: the same in every copy"
     return tuple(re.sub(r'https?://\S+|^RT @\S+', '', text).lower().split())

@@ -46,11 +46,12 @@ def own_example(
     write_atomic(root/'table.csv', write)               # last: a table that is there is whole
     return root/'table.csv'
 
-# %% ../../nbs/data/25_own.ipynb #25f6aeaf
+# %% ../../nbs/data/25_own.ipynb #a80a2911
 PATHS = ('audio', 'video', 'image', 'text_file')
 COLUMNS = ('id', 'label', 'split', 'group', *PATHS, 'text')
 PARTS = {**dict.fromkeys(('train', 'training'), 'train'), **dict.fromkeys(('valid', 'validation', 'val', 'dev'), 'valid'), **dict.fromkeys(('test', 'testing'), 'test')}
 
+# %% ../../nbs/data/25_own.ipynb #e8c477c3
 def _csv_lines(path, text):
     "(line number, cells by column) of a table with commas, semicolons or tabs"
     first = text.split('\n', 1)[0]
@@ -64,6 +65,7 @@ def _csv_lines(path, text):
             yield reader.line_num, dict(zip(head, cells))
     except csv.Error as e: raise InputError(f"{path}, line {reader.line_num}: not a line of a table ({e}); look for a quote that is never closed.") from None
 
+# %% ../../nbs/data/25_own.ipynb #25f6aeaf
 def _json_lines(path, text):
     "The same of JSON lines"
     for k, line in numbered(text):
@@ -72,7 +74,7 @@ def _json_lines(path, text):
         if not isinstance(row, dict): raise InputError(f"{path}, line {k}: {line.strip()[:40]!r} is not an object; expected {{\"id\": …, \"label\": …}}.")
         yield k, row
 
-# %% ../../nbs/data/25_own.ipynb #6a6f0dd4
+# %% ../../nbs/data/25_own.ipynb #71f30e55
 def read_table(
     path,       # a CSV with a header, or JSON lines
 )->list:        # rows for `read_media`; with `split` and `group` where the table has them
@@ -95,6 +97,7 @@ def read_table(
         if 0 < len(lost) < len(rows): raise InputError(f"{path}: {len(lost)} of {len(rows)} samples have no {c} ({', '.join(lost[:3])}{', …' if lost[3:] else ''}); fill in all of that column, or none.")
     return check_rows(rows, str(path))
 
+# %% ../../nbs/data/25_own.ipynb #6a6f0dd4
 def own_classes(
     rows:list,      # from `read_table`
 )->list:            # class names, sorted; numbers by size
@@ -104,7 +107,7 @@ def own_classes(
     if len(names) < 2: raise InputError(f"all {len(rows)} samples have the label {names[0]!r}; there must be at least two classes.")
     return sorted(names, key=lambda n: (0, int(n), n) if re.fullmatch(r'-?\d+', n) else (1, 0, n))
 
-# %% ../../nbs/data/25_own.ipynb #19814769
+# %% ../../nbs/data/25_own.ipynb #0a98ec80
 def own_splits(
     rows:list,          # from `read_table`
     how:str='',         # 'column', 'random' or 'group'; empty: the column if there is one, else random
@@ -122,6 +125,7 @@ def own_splits(
     if not out['valid']: out['train'], out['valid'] = share_out(out['train'], (.9, .1), seed)
     return out
 
+# %% ../../nbs/data/25_own.ipynb #19814769
 def _there(rows, absent):
     "The rows whose files are there; others stop everything, or are left out"
     lost = {r['id']: r[c] for r in rows for c in PATHS if c in r and not Path(r[c]).is_file()}
@@ -131,7 +135,7 @@ def _there(rows, absent):
     print(f'left out: {said}')
     return [r for r in rows if r['id'] not in lost]
 
-# %% ../../nbs/data/25_own.ipynb #1a8cbff3
+# %% ../../nbs/data/25_own.ipynb #95fe33f1
 def prepare_own(
     table, name:str='',         # a CSV or JSON-lines file; what to call it (default: the file's name)
     split:str='',               # as in `own_splits`
@@ -149,6 +153,7 @@ def prepare_own(
         if not any(m in r or m == 'text' and 'text_file' in r for r in splits['train']): raise InputError(f"no training sample has {m}, so nothing can be learnt from it; change the split, or remove that column.")
     return prepare_media('own', classes, splits, names, o, dict(origin(name, Path(table).parent, [split or 'default']), table=Path(table).name), data, name, out, workers, force, progress)
 
+# %% ../../nbs/data/25_own.ipynb #1a8cbff3
 def own(data:str='data', variant:str='')->Splits:
     "Your own data, prepared by data_scripts/prepare_own.py; variant is the name it was given"
     have = sorted(p.parent.name.removeprefix('own-') for p in Path(data).glob('own-*/dataset.json'))
@@ -179,7 +184,7 @@ def own_main(doc:str, argv=None):
         return prepare_own(table, **{**SMALL, **a, 'name': a['name'] or 'miniature'})
     in_a_sentence('own', do)
 
-# %% ../../nbs/data/25_own.ipynb #9c0e8ee8
+# %% ../../nbs/data/25_own.ipynb #561337ca
 def kinetics_rows(
     root,       # with videos/<class>/<clip>.mp4, or <class>/<clip>.mp4
 )->list:        # rows for `read_media`, sorted
@@ -191,6 +196,7 @@ def kinetics_rows(
     if not found: raise InputError(f"{top}: no class folders with videos ({', '.join(MEDIA[:6])}) in it; give the folder that holds videos/<class>/<clip>.mp4 as --root.")
     return check_rows([dict(id=p.stem, y=p.parent.name, audio=str(p), video=str(p)) for p in found], 'kinetics')
 
+# %% ../../nbs/data/25_own.ipynb #ffc4c5bb
 def kinetics_splits(
     rows:list, how,     # from `kinetics_rows`; ['random'], or files: train, test or train, valid, test
     seed:int=0, absent:str='error',
@@ -204,6 +210,7 @@ def kinetics_splits(
     if odd: raise InputError(f"{len(odd)} clips lie in another class folder than the lists say; the first: {odd[0]['id']!r} is in {folder[odd[0]['id']]!r} and listed as {odd[0]['y']!r}.")
     return splits
 
+# %% ../../nbs/data/25_own.ipynb #9c0e8ee8
 def prepare_kinetics(
     root, split=('random',),    # the folder; as in `kinetics_splits`
     data='data', variant:str='', out=None, absent:str='error',

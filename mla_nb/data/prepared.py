@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from ..core import *
 from ..encoders.visual import decode_image
 
-# %% ../../nbs/data/19_prepared.ipynb #55405f78
+# %% ../../nbs/data/19_prepared.ipynb #5f91593e
 def columns(
     modalities:dict,    # name -> Modality
     classes:list,       # class names
@@ -41,6 +41,7 @@ def unpack(item, mod:Modality, name:str=''):
     if mod.form == 'image': return decode_image(item, name)
     return torch.stack([decode_image(item[k], name) for k in evenly(len(item), mod.info.get('use', len(item)))])
 
+# %% ../../nbs/data/19_prepared.ipynb #55405f78
 def evenly(
     n:int,      # there are so many
     k:int,      # choose so many
@@ -71,11 +72,12 @@ def write_shard(
     write_atomic(path, write)
     return len(rows)
 
-# %% ../../nbs/data/19_prepared.ipynb #4f9d2cfd
+# %% ../../nbs/data/19_prepared.ipynb #a7115344
 def sha256(path)->str:
     "Checksum of a file"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+# %% ../../nbs/data/19_prepared.ipynb #4f9d2cfd
 def prepare(
     out,                # folder to make, e.g. 'data/digits'
     name:str, classes:list, modalities:dict,
@@ -132,13 +134,14 @@ def estimate(
     if need['bytes'] > free: raise InputError(f"{out}: needs about {need['bytes']/2**30:.1f} GB and there are {free/2**30:.1f} GB; choose another disk with --data, or make room.")
     return need
 
-# %% ../../nbs/data/19_prepared.ipynb #7609fd3f
+# %% ../../nbs/data/19_prepared.ipynb #fea4856a
 META = ('format', 'name', 'classes', 'modalities', 'source', 'options', 'counts', 'skipped', 'shards', 'sha256')
 
 def _seal(meta)->str:
     "Checksum of everything that dataset.json says"
     return hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != 'sha256'}, sort_keys=True).encode()).hexdigest()
 
+# %% ../../nbs/data/19_prepared.ipynb #7609fd3f
 def verify(
     folder,                 # a prepared dataset
     limit=float('inf'),     # bytes; of a larger dataset only the sizes are compared
@@ -154,11 +157,12 @@ def verify(
         if not quick and sha256(path) != sha: raise InputError(f"{path} is damaged: its checksum is wrong; prepare the dataset again with --force.")
     return meta
 
-# %% ../../nbs/data/19_prepared.ipynb #8af319f3
+# %% ../../nbs/data/19_prepared.ipynb #7d3c98e3
 def _partial_of(out): return out.absolute().with_name(out.absolute().name + '.partial')
 
 OURS = re.compile(r'(train|valid|test)-\d+\.(arrow|skipped)|(dataset|plan)\.json|(skipped|incomplete)\.csv')
 
+# %% ../../nbs/data/19_prepared.ipynb #f6dbb044
 def _only_ours(out, part):
     "Refuse a folder that holds anything but what `prepare` writes: it will be replaced"
     for f, mark in ((out, 'dataset.json'), (part, 'plan.json')):
@@ -169,6 +173,7 @@ def _only_ours(out, part):
         odd = [name for name in held if not OURS.fullmatch(name)]
         if odd: raise InputError(f"{f} holds other things ({odd[0]}), which would be lost; choose another folder with --out.")
 
+# %% ../../nbs/data/19_prepared.ipynb #9dd46dab
 def _already(out, plan):
     old = read_json(out/'dataset.json', ['counts', 'shards'], 'replace the dataset with --force')
     differs = [k for k in plan if old.get(k) != plan[k]]
@@ -180,6 +185,7 @@ def _already(out, plan):
     print(f"{out} is already prepared: {sum(c['total'] for c in old['counts'].values())} samples")
     return out
 
+# %% ../../nbs/data/19_prepared.ipynb #8af319f3
 def _partial(out, plan):
     part = _partial_of(out)
     plan_file = part/'plan.json'
@@ -236,7 +242,7 @@ def _finish(part, out, plan, todo):
     part.rename(out)
     for f in (out/'plan.json', *out.glob('*.skipped')): f.unlink()      # last: until here a kill is repaired by doing it again
 
-# %% ../../nbs/data/19_prepared.ipynb #6a3615f7
+# %% ../../nbs/data/19_prepared.ipynb #cf233e61
 class Prepared(Dataset):
     "A split of a prepared dataset, mapped into memory"
     def __init__(self, files:list, modalities:dict):
@@ -262,6 +268,7 @@ class Prepared(Dataset):
         "(N,) bool: which samples hold modality `m`; no item is read for that"
         return torch.from_numpy(self.ds.data.column(m).is_valid().to_numpy())
 
+# %% ../../nbs/data/19_prepared.ipynb #6a3615f7
 class Column:
     "The items of one modality, read when they are asked for"
     def __init__(self, split:Prepared, m:str):

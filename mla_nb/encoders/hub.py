@@ -119,7 +119,7 @@ def _checkpointing(net):
     if not net.supports_gradient_checkpointing: raise InputError("checkpoint=True: this model cannot recompute its activations; leave that out.")
     getattr(net, 'activation_checkpointing_enable', net.gradient_checkpointing_enable)()
 
-# %% ../../nbs/04c_hub.ipynb #271f9ba5
+# %% ../../nbs/04c_hub.ipynb #1ba2c971
 POOLS = dict(mean='the mean over all positions that are there', cls='the first position', pooler="what the model's own pooler makes")
 
 def pooled(
@@ -131,7 +131,8 @@ def pooled(
     if pool == 'pooler':
         if getattr(out, 'pooler_output', None) is None: raise InputError("pool='pooler': this model has no pooler; choose 'mean' or 'cls'.")
         return out.pooler_output.flatten(1)                         # a convolutional one gives (B,D,1,1)
-    h = out.last_hidden_state
+    h = getattr(out, 'last_hidden_state', None)
+    if h is None: raise InputError(f"pool={pool!r}: this model says nothing about single positions; choose 'pooler', or another model.")
     if h.dim() == 4 and pool == 'cls': raise InputError("pool='cls': this model has no class token; choose 'mean' or 'pooler'.")
     if h.dim() == 4: h = h.flatten(2).transpose(1, 2)               # (B,D,H,W) -> (B,T,D)
     if pool == 'cls': return h[:, 0]

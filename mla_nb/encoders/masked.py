@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'POOLS', 'FLAX', 'SKIP', 'OPTIONAL', 'patchify', 'sincos', 'table', 'Attention', 'Block', 'Body', 'of_size',
-           'start', 'pooled', 'M3AE', 'CAVMAE', 'regrid', 'patch_prep', 'Bands', 'band_prep', 'word_pieces',
-           'load_tokenizer', 'stay_in_eval', 'partly_frozen', 'ArraysOnly', 'load_arrays', 'load_tensors', 'renamed',
-           'fill', 'load_m3ae', 'one_path', 'placed_on', 'load_cavmae', 'm3ae_text', 'm3ae_visual', 'cavmae_audio',
-           'cavmae_visual']
+           'start', 'pooled', 'M3AE', 'CAVMAE', 'regrid', 'patch_prep', 'Bands', 'band_prep', 'load_tokenizer',
+           'partly_frozen', 'ArraysOnly', 'load_arrays', 'load_tensors', 'renamed', 'fill', 'load_m3ae', 'one_path',
+           'load_cavmae', 'm3ae_text', 'm3ae_visual', 'cavmae_audio', 'cavmae_visual']
 
 # %% ../../nbs/04b_masked.ipynb #a9807a64
 import json, math, pickle, re, warnings
@@ -227,8 +226,8 @@ def band_prep(mod:Modality, items=None, prep:dict|None=None, patch:int=16)->Stan
     if len(shape) != 2 or not min(shape): raise InputError(f"features of shape {found} do not hold one patch of {patch} × {patch}; use a smaller patch=…, or prepare larger features (--audio fbank: 1024 frames of 128 bins).")
     return Bands(shape=shape, turned=turned).fit(items)
 
-# %% ../../nbs/04b_masked.ipynb #2c368dc5
-def word_pieces(path:Path):
+# %% ../../nbs/04b_masked.ipynb #3bb01689
+def _word_pieces(path:Path):
     "BERT's tokenizer, lower case, from its vocab.txt"
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     vocab = {w: i for i, w in enumerate(path.read_text(encoding='utf-8').split('\n')) if w}
@@ -245,15 +244,15 @@ def load_tokenizer(
     from tokenizers import Tokenizer
     path = Path(path)
     if not path.is_file(): raise InputError(f"tokenizer={str(path)!r}: there is no such file; give a local vocab.txt or tokenizer.json.")
-    try: tok = Tokenizer.from_file(str(path)) if path.suffix == '.json' else word_pieces(path)
+    try: tok = Tokenizer.from_file(str(path)) if path.suffix == '.json' else _word_pieces(path)
     except InputError: raise
     except Exception as e: raise InputError(f"{path} is not a tokenizer ({type(e).__name__}); give a vocab.txt or a tokenizer.json.") from e
     if 'pad' not in str(tok.id_to_token(0)).lower(): raise InputError(f"{path}: piece 0 is {tok.id_to_token(0)!r}, and must be padding; give a tokenizer of the BERT family.")
     tok.no_padding(); tok.no_truncation()
     return Tokens(json.dumps({**json.loads(tok.to_str()), 'post_processor': None}), of_kind('length', length, int, 1, 4096))
 
-# %% ../../nbs/04b_masked.ipynb #6512504b
-def stay_in_eval(module, _): module.eval()
+# %% ../../nbs/04b_masked.ipynb #ce1a32c9
+def _stay_in_eval(module, _): module.eval()
 
 def partly_frozen(
     enc,                # any module
@@ -267,7 +266,7 @@ def partly_frozen(
     enc.requires_grad_(False)
     for m in ([*list(blocks)[len(blocks) - train_last:], *after] if train_last else []): m.requires_grad_(True)
     for m in enc.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters()): m.register_forward_pre_hook(stay_in_eval)
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters()): m.register_forward_pre_hook(_stay_in_eval)
     return enc
 
 # %% ../../nbs/04b_masked.ipynb #113d63f0
@@ -382,7 +381,7 @@ def _m3ae_like(state, path):
     if not size: raise InputError(f"{path} is {width} wide and {depth} blocks deep, which is none of {', '.join(SIZES)}; give the M3AE to be filled.")
     return M3AE(**size, reads=[r for r in ('text', 'image') if f'type_{r}' in state], **(dict(vocab=len(state['tokens.weight'])) if 'tokens.weight' in state else {}))
 
-# %% ../../nbs/04b_masked.ipynb #1113a41e
+# %% ../../nbs/04b_masked.ipynb #425b9b2b
 def one_path(
     state:dict,     # of the whole CAV-MAE
     side:str,       # 'a' or 'v'
@@ -395,7 +394,7 @@ def one_path(
     other = lambda k: re.search(r'\.norm\d' if k.startswith('blocks_u') else r'\.norm\d_', k) and not (k.startswith('blocks_u') and f'_{side}.' in k)     # norms of the other paths
     return {re.sub(rf'(norm\d)_{side}\.', r'\1.', renamed(k, rules)): v for k, v in state.items() if mine.match(k) and not other(k)}
 
-def placed_on(state:dict, grid, side:str)->dict:
+def _placed_on(state:dict, grid, side:str)->dict:
     "The same weights with the position table on another grid"
     if (n := state.get('places')) is None or n.dim() != 3: return state
     rows = 8 if side == 'a' else math.isqrt(n.shape[1])
@@ -408,13 +407,13 @@ def load_cavmae(
 ):              # net
     "Published weights of CAV-MAE"
     if side not in ('a', 'v'): raise unknown('side', side, ['a', 'v'])
-    state = placed_on(one_path(load_tensors(path), side), net.grid, side)
+    state = _placed_on(one_path(load_tensors(path), side), net.grid, side)
     return fill(net, {k: v.flatten(1) if k == 'patches.weight' else v for k, v in state.items()}, path)
 
 # %% ../../nbs/04b_masked.ipynb #acbc7d6c
-def _finish(enc, net, prep, train_last, **recipe):
+def _finish(enc, net, prep, train_last, weights, **recipe):
     partly_frozen(enc, net.body.blocks, train_last, [net.body.norm])
-    enc.recipe = dict(recipe, train_last=train_last)
+    enc.recipe, enc.weights = dict(recipe, train_last=train_last), Path(weights).name if weights else 'random'
     return with_prep(enc, prep)
 
 @encoders
@@ -436,7 +435,7 @@ def m3ae_text(
         words.length = of_kind('length', length, int, 0, 4096) or words.length
     net = M3AE(**of_size(size), reads=('text',), vocab=words.vocab, pool=pool, checkpoint=checkpoint)
     if weights: load_m3ae(weights, net)
-    return _finish(net, net, words, train_last, size=size, pool=pool, checkpoint=checkpoint)
+    return _finish(net, net, words, train_last, weights, size=size, pool=pool, checkpoint=checkpoint)
 
 # %% ../../nbs/04b_masked.ipynb #e603d909
 @encoders
@@ -445,7 +444,7 @@ def m3ae_visual(mod:Modality, items=None, prep=None, size:str='base', weights:st
     pix = patch_prep(mod, items, prep, pixels, patch)
     net = M3AE(**of_size(size), reads=('image',), patch=patch, pool=pool, checkpoint=checkpoint)
     if weights: load_m3ae(weights, net)
-    return _finish(OverFrames(net), net, pix, train_last, size=size, patch=patch, pool=pool, checkpoint=checkpoint)
+    return _finish(OverFrames(net), net, pix, train_last, weights, size=size, patch=patch, pool=pool, checkpoint=checkpoint)
 
 @encoders
 def cavmae_audio(mod:Modality, items=None, prep=None, size:str='base', weights:str='', patch:int=16, checkpoint:bool=False, train_last:int=-1):
@@ -454,7 +453,7 @@ def cavmae_audio(mod:Modality, items=None, prep=None, size:str='base', weights:s
     shape = bands.shape if isinstance(bands, Bands) else (bands.n_mels, bands.frames)
     net = CAVMAE(**of_size(size), channels=1, grid=[n // patch for n in shape], patch=patch, checkpoint=checkpoint)
     if weights: load_cavmae(weights, net, 'a')
-    return _finish(net, net, bands, train_last, size=size, patch=patch, checkpoint=checkpoint)
+    return _finish(net, net, bands, train_last, weights, size=size, patch=patch, checkpoint=checkpoint)
 
 # %% ../../nbs/04b_masked.ipynb #2f31c4fb
 @encoders
@@ -463,4 +462,4 @@ def cavmae_visual(mod:Modality, items=None, prep=None, size:str='base', weights:
     pix = patch_prep(mod, items, prep, pixels, patch)
     net = CAVMAE(**of_size(size), channels=3, grid=[pix.size // patch] * 2, patch=patch, checkpoint=checkpoint)
     if weights: load_cavmae(weights, net, 'v')
-    return _finish(OverFrames(net), net, pix, train_last, size=size, patch=patch, checkpoint=checkpoint)
+    return _finish(OverFrames(net), net, pix, train_last, weights, size=size, patch=patch, checkpoint=checkpoint)

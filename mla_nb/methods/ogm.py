@@ -13,7 +13,7 @@ from ..core import *
 from ..heads import *
 from ..learner import *
 
-# %% ../../nbs/07_modulation.ipynb #0c282108
+# %% ../../nbs/07_modulation.ipynb #ae282252
 def true_class(
     logits,     # (B,C) of one modality
     y,          # (B,)
@@ -23,6 +23,7 @@ def true_class(
 
 def per_row(logits, y): return logits.softmax(1).gather(1, y[:, None]).squeeze(1)
 
+# %% ../../nbs/07_modulation.ipynb #0c282108
 def brakes(
     score:dict,         # modality -> score
     alpha:float,        # how hard to brake
@@ -55,8 +56,7 @@ class OGM(Callback):
         self.alpha, self.noise, self.start, self.end, self.form = alpha, noise, start, end, form
 
     def before_fit(self, learn):
-        if not hasattr(learn.net.head, 'part'):
-            raise InputError(f"OGM compares the parts of a joint head; {type(learn.net.head).__name__} has none. Use a ConcatHead or a SumHead.")
+        if not hasattr(learn.net.head, 'part'): raise InputError(f"OGM compares the parts of a joint head; {type(learn.net.head).__name__} has none. Use a ConcatHead or a SumHead.")
         self.last = (learn.epochs + 1) // 2 if self.end is None else self.end
 
     @torch.no_grad()
@@ -70,15 +70,14 @@ class OGM(Callback):
     def after_backward(self, learn):
         if len(learn.z) < 2 or not self.start <= learn.epoch < self.last: return
         for m, k in brakes(self.scores(learn), self.alpha, self.form).items():
-            for p in learn.net.encs[m].parameters():
-                if p.grad is not None: self.edit(p.grad, k)
+            for g in [p.grad for p in learn.net.encs[m].parameters() if p.grad is not None]: self.edit(g, k)
 
     def edit(self, grad, k):
         spread = grad.std() + 1e-8 if self.noise and grad.numel() > 1 else None
         grad.mul_(k.to(grad.dtype))
         if spread is not None: grad.add_(torch.randn_like(grad) * spread)
 
-# %% ../../nbs/07_modulation.ipynb #e88172fb
+# %% ../../nbs/07_modulation.ipynb #40a347b1
 @methods
 def ogm(
     alpha:float=.3, start:int=0, end:int|None=None, form:str='others',   # as in `OGM`
@@ -86,6 +85,7 @@ def ogm(
     "Joint training with concatenation; whoever leads is held back (OGM, arXiv 2203.15332)"
     return Method(ConcatHead, edits=[OGM(alpha, False, start, end, form)])
 
+# %% ../../nbs/07_modulation.ipynb #e88172fb
 @methods
 def ogm_ge(
     alpha:float=.3, start:int=0, end:int|None=None, form:str='others',   # as in `OGM`

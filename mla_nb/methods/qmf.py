@@ -33,9 +33,7 @@ def rank_loss(
 # %% ../../nbs/08_confidence.ipynb #eb42a4fd
 class QMFLoss(Callback):
     "The loss of QMF, with the history it keeps (arXiv 2306.02050); both a `loss` and an edit of a `Method`"
-    def __init__(self,
-        branch:str='av',            # 'av' or 'm3ae': which published sum of terms
-    ):
+    def __init__(self, branch:str='av'):            # 'av' or 'm3ae': which published sum of terms
         if branch not in ('av', 'm3ae'): raise unknown('branch of QMF', branch, ['av', 'm3ae'])
         self.branch, self.history, self.later = branch, None, False      # later: after the first epoch
     whole = True        # samples are compared with each other, so the loss needs all rows of a turn (6.8)
@@ -73,7 +71,7 @@ class QMFLoss(Callback):
     def state_dict(self): return {m: h.cpu() for m, h in (self.history or {}).items()}
     def load_state_dict(self, state): self.history = dict(state)
 
-# %% ../../nbs/08_confidence.ipynb #6c9a4041
+# %% ../../nbs/08_confidence.ipynb #74e01b3f
 def energy(
     logits,     # (M,B,C)
     present,    # (M,B) bool
@@ -84,6 +82,7 @@ def energy(
 
 rules(energy)
 
+# %% ../../nbs/08_confidence.ipynb #6c9a4041
 @methods
 def qmf(
     branch:str='av',    # 'av' (with the fused term) or 'm3ae'
