@@ -465,12 +465,14 @@ class StopOnNaN(Callback):
     def look(self, learn):
         "Wait for the device, once for all turns since the last look"
         grads = [p.grad for p in learn.net.parameters() if p.grad is not None]
-        worst = [torch.stack(torch._foreach_norm(grads, math.inf)).max()] if grads else []
+        worst = [torch.stack(torch._foreach_norm(grads)).sum()] if grads else []        # not finite, if any gradient is not
         found = torch.stack([*(l.float() for l, *_ in self.seen), *(w.float() for w in worst)]).tolist()     # one wait
         seen, self.seen = self.seen, []
         for value, about in zip(found, seen):
             if not math.isfinite(value): self.stop(learn, f'loss is {value}', *about[1:])
-        if grads and not math.isfinite(found[-1]): self.stop(learn, f'gradient is {found[-1]}', *seen[-1][1:])
+        if grads and not math.isfinite(found[-1]):
+            largest = torch.stack(torch._foreach_norm(grads, math.inf)).max().item()    # slower, but squares cannot overflow
+            if not math.isfinite(largest): self.stop(learn, f'gradient is {largest}', *seen[-1][1:])
 
     def stop(self, learn, what, epoch, step, mods, rows):
         lr, rows, ids = learn.opt.param_groups[0]['lr'], rows.tolist(), sample_ids(learn.dls.train)

@@ -245,7 +245,7 @@ def stem(name:str)->str:
 
 # %% ../../nbs/data/19b_media.ipynb #6d072cb4
 def _fields(path, k, line, parts):
-    if len(parts) < 2 or not all(p.strip() for p in (parts[0], parts[-1])): raise InputError(f"{path}, line {k}: {line.strip()!r} is not a sample; expected `id,label` or `name label`.")
+    if len(parts) < 2 or not (stem(parts[0]) and parts[-1].strip()): raise InputError(f"{path}, line {k}: {line.strip()!r} is not a sample; expected `id,label` or `name label`.")
     return dict(id=stem(parts[0]), label=parts[-1].strip(), **(dict(text=' '.join(parts[1:-1]).strip()) if len(parts) > 2 else {}))
 
 # %% ../../nbs/data/19b_media.ipynb #960d7a40
@@ -256,7 +256,7 @@ def _json_line(path, k, line):
 
 # %% ../../nbs/data/19b_media.ipynb #1cf2c06f
 def _named(path, k, row):
-    lost = [f for f in ('id', 'label') if not isinstance(row, dict) or row.get(f) in (None, '')]
+    lost = [f for f in ('id', 'label') if not isinstance(row, dict) or row.get(f) in (None, '') or f == 'id' and not stem(str(row[f]))]
     if lost: raise InputError(f"{path}, line {k}: there is no {lost[0]!r}; every sample needs an id and a label.")
     return {**row, 'id': stem(str(row['id'])), 'label': str(row['label'])}
 
