@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'encoders', 'datasets', 'methods', 'rules', 'checkups', 'FORMS', 'COLOURS', 'InputError', 'UnknownName',
            'nearest', 'unknown', 'Registry', 'of_kind', 'call', 'discover', 'Samples', 'Modality', 'Splits',
            'check_splits', 'form_of', 'splits_of', 'take', 'to', 'Batch', 'stack', 'spread', 'collate', 'Ready',
-           'set_seed', 'rng_state', 'set_rng_state', 'write_atomic', 'read_json', 'digest', 'Locked', 'locked',
-           'check_encoder', 'check_dataset', 'colour', 'png', 'slider', 'play']
+           'set_seed', 'rng_state', 'set_rng_state', 'write_atomic', 'read_json', 'sha256', 'digest', 'Locked',
+           'locked', 'check_encoder', 'check_dataset', 'colour', 'png', 'slider', 'play']
 
 # %% ../nbs/00_core.ipynb #0d8267bd
 import contextlib, difflib, errno, hashlib, importlib, inspect, json, math, os, pkgutil, platform, random, threading, warnings
@@ -366,6 +366,10 @@ def read_json(
     return found
 
 # %% ../nbs/00_core.ipynb #ba7a1e78
+def sha256(path)->str:
+    "Checksum of a file"
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
 def digest(
     x,          # numbers, text, tensors, and lists and dicts of them
 )->str:         # 64 characters

@@ -260,7 +260,7 @@ def seal(
     "Write down the checksums of files"
     path = Path(folder)/'checksums.json'
     known = read_json(path) if path.exists() else {}
-    write_atomic(path, json.dumps({**known, **{n: _sha256(Path(folder)/n) for n in names}}, indent=1))
+    write_atomic(path, json.dumps({**known, **{n: sha256(Path(folder)/n) for n in names}}, indent=1))
 
 def check_seal(
     folder,
@@ -271,9 +271,7 @@ def check_seal(
     path = Path(folder)/'checksums.json'
     known = read_json(path, todo=todo) if path.exists() else {}
     for f in (Path(folder)/n for n in names if n in known):
-        if f.exists() and _sha256(f) != known[f.name]: raise InputError(f"{f} is damaged, or was edited by hand: its checksum is wrong; {todo or 'give another folder'}.")
-
-def _sha256(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if f.exists() and sha256(f) != known[f.name]: raise InputError(f"{f} is damaged, or was edited by hand: its checksum is wrong; {todo or 'give another folder'}.")
 
 # %% ../nbs/15_experiments.ipynb #d6be3ced
 def fits(

@@ -207,7 +207,7 @@ def _upright(item, mod):
 
 def _wrapped(text, width=22):
     import textwrap
-    return textwrap.fill(text if len(text) < 120 else text[:117] + '…', width)
+    return textwrap.fill(text if len(text) < 120 else text[:117] + '…', width).replace('$', r'\$')      # not a formula
 
 # %% ../nbs/13_missing.ipynb #288b131e
 def sonify(

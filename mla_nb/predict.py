@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['DOC', 'ANY', 'exporters', 'as_pixels', 'as_wave', 'plain_item', 'read_item', 'as_samples', 'Answer', 'rows_of',
-           'ranked', 'as_dict', 'as_text', 'Predictor', 'name_of', 'sha_of', 'verify_files', 'show_item', 'wrapped',
-           'show_bars', 'show_weights', 'plot_answer', 'card', 'read_questions', 'answer_rows', 'flat', 'answer_table',
-           'fingerprint', 'main']
+           'ranked', 'as_dict', 'as_text', 'Predictor', 'name_of', 'verify_files', 'show_bars', 'show_weights',
+           'plot_answer', 'card', 'read_questions', 'answer_rows', 'flat', 'answer_table', 'fingerprint', 'main']
 
 # %% ../nbs/17_predict.ipynb #4f083398
 import argparse, csv, hashlib, io, json, math, os, shutil, sys
@@ -24,6 +23,7 @@ from .learner import *
 from .fusion import entropy
 from .encoders.audio import load_wave
 from .encoders.visual import decode_image
+from .missing import draw_item
 from .experiments import load_run
 
 # %% ../nbs/17_predict.ipynb #bbbefdbb
@@ -282,10 +282,6 @@ def name_of(sample:dict, i:int=0)->str:
 Predictor.predict = _predict
 
 # %% ../nbs/17_predict.ipynb #24d3bc1d
-def sha_of(path)->str:
-    "Checksum of a file"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
 def verify_files(
     folder,     # of a run, or of a saved predictor
 ):
@@ -295,23 +291,9 @@ def verify_files(
     if not (folder/'files.json').exists(): return
     for name, sha in read_json(folder/'files.json', todo='copy the folder again').items():
         if Path(name).name != name or not (folder/name).is_file(): raise InputError(f"{folder} is incomplete: {name} is not there; copy the folder again.")
-        if sha_of(folder/name) != sha: raise InputError(f"{folder/name} is damaged: its checksum is wrong; copy the folder again.")
+        if sha256(folder/name) != sha: raise InputError(f"{folder/name} is damaged: its checksum is wrong; copy the folder again.")
 
 # %% ../nbs/17_predict.ipynb #383cacb0
-def show_item(ax, item, mod:Modality):
-    "What an encoder was given"
-    if mod.kind != 'text' and item.dim() == 1: ax.plot(item.numpy(), lw=.5, color='#555555')
-    elif mod.form == 'features': ax.imshow((item if item.shape[0] <= item.shape[1] else item.T).numpy(), origin='lower', aspect='auto')
-    elif mod.form == 'text': ax.text(.5, .5, wrapped(item), ha='center', va='center', fontsize=8, transform=ax.transAxes)
-    else: ax.imshow((item if item.dim() == 3 else torch.cat(list(item), 2)).permute(1, 2, 0).numpy())
-    ax.set(xticks=[], yticks=[])
-
-def wrapped(text:str, width:int=24, lines:int=6)->str:
-    "A text in short lines; a long one is cut"
-    import textwrap
-    found = textwrap.wrap(text, width) or ['(empty)']
-    return '\n'.join(found[:lines] + (['…'] if found[lines:] else [])).replace('$', r'\$')
-
 def show_bars(ax, p, order:list, classes:list, color, title:str):
     "Probabilities of some classes, in a given order"
     ax.barh(range(len(order)), p[order].tolist(), color=color)
@@ -342,7 +324,7 @@ def plot_answer(
         if a.items[0][m] is None:
             for ax in (up, down): ax.set_axis_off()
             up.text(.5, .5, 'absent', ha='center', color='#999999', transform=up.transAxes); continue
-        show_item(up, a.items[0][m], a.modalities[m])
+        draw_item(up, a.items[0][m], a.modalities[m])
         show_bars(down, a.uni[m][0], order, a.classes, colour(m), f"entropy {float(a.entropies[m]):.2f}")
     show_weights(axs[0, -1], a)
     show_bars(axs[1, -1], a.probs[0], order, a.classes, colour('fused'), f"entropy {float(a.entropies['fused']):.2f}")
@@ -378,7 +360,7 @@ def _save(self, folder)->Path:
     texts = {'config.json': json.dumps(self.about, indent=1), 'preps.json': json.dumps({m: asdict(e.prep) for m, e in self.net.encs.items()}),
              'result.json': json.dumps(self.result, indent=1), 'README.md': card(self)}
     for name, text in texts.items(): write_atomic(folder/name, text)
-    write_atomic(folder/'files.json', json.dumps({n: sha_of(folder/n) for n in ['model.safetensors', *texts]}, indent=1))
+    write_atomic(folder/'files.json', json.dumps({n: sha256(folder/n) for n in ['model.safetensors', *texts]}, indent=1))
     return folder
 
 Predictor.save = _save
