@@ -86,11 +86,12 @@ def plot_projection(
     P, g = remember([unit(audio), unit(visual)], of_kind('turns', turns, int, 0), of_kind('lam', lam, float, 1e-6)), unit(gradient)
     left, ring = project(g[None], P)[0], torch.stack([unit(d) for d in range(0, 361, 3)])
     ax.plot(*ring.T, ':', color='#999999', lw=.8); ax.fill(*(ring @ P).T, color='#999999', alpha=.3)
-    for v, c, name, seen in ((unit(audio), colour('audio'), 'audio', turns > 0), (unit(visual), colour('visual'), 'visual', turns > 1), (g, '#000000', 'g', True), (left, colour('fused'), 'g P', True)):
-        ax.quiver(0, 0, *v, angles='xy', scale_units='xy', scale=1, width=.014, color=c, alpha=1 if seen else .3, label=name if seen else f'{name} (no turn yet)', zorder=3)
+    arrows = (unit(audio), 'audio', turns > 0), (unit(visual), 'visual', turns > 1), (g, 'g', True), (left, 'g P', True)
+    for (v, name, seen), c, width in zip(arrows, (colour('audio'), colour('visual'), '#000000', colour('fused')), (.014, .014, .02, .01)):
+        ax.quiver(0, 0, *v, angles='xy', scale_units='xy', scale=1, width=width, color=c, alpha=1 if seen else .3, label=name if seen else f'{name} (no turn yet)', zorder=3)
     ax.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect='equal', xticks=[-1, 0, 1], yticks=[-1, 0, 1])
-    ax.set_title(f'λ = {lam:g}, turns: {turns}; {left.norm():.0%} of g is left', fontsize=10)
-    ax.legend(fontsize=7, loc='lower left')
+    ax.set_title(f'λ = {lam:.3g}, turns: {turns}; {left.norm():.0%} of g is left', fontsize=10)
+    ax.legend(fontsize=7, ncols=2, loc='upper center', bbox_to_anchor=(.5, -.07))
     return ax
 
 # %% ../nbs/10_projection.ipynb #d536eb19
