@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAME', 'URL', 'CONTENT', 'read_archive', 'read_root', 'parse_names', 'miniature', 'content_sha', 'download',
-           'split_rows', 'enlarge', 'image_pools', 'noisy', 'spoil', 'level', 'read_row', 'digits_options',
-           'digits_folder', 'pair', 'prepare_digits', 'digit_item', 'digits']
+           'split_rows', 'image_pools', 'noisy', 'spoil', 'read_row', 'digits_options', 'digits_folder', 'pair',
+           'prepare_digits', 'digit_item', 'digits']
 
 # %% ../../nbs/data/20_digits.ipynb #0ead73e0
 import hashlib, io, re, zipfile, zlib
@@ -135,7 +135,7 @@ def split_rows(
     return {name: [r for r in rows if part(r) == name] for name in ('train', 'valid', 'test')}
 
 # %% ../../nbs/data/20_digits.ipynb #9d6068dd
-def enlarge(
+def _enlarge(
     pictures,           # (N,8,8) grey, 0 to 255
 ):                      # (N,16,16) uint8
     "Small pictures, twice as large"
@@ -148,7 +148,7 @@ def image_pools(
     "Handwritten digits, twice as large, in pools that no two splits share"
     from sklearn.datasets import load_digits
     data, rng = load_digits(), np.random.default_rng(seed)
-    big = enlarge(data.images * 255 / 16)
+    big = _enlarge(data.images * 255 / 16)
     pools = {s: {} for s in shares}
     for d in range(10):
         mine = rng.permutation(np.flatnonzero(data.target == d))
@@ -180,7 +180,7 @@ def spoil(
     return (255 * (x + noise * rng.standard_normal(x.shape)).clip(0, 1)).astype('u1')
 
 # %% ../../nbs/data/20_digits.ipynb #7ffef8a1
-def level(
+def _level(
     wave,           # (T,) waveform at 8 kHz
 ):
     "Its first second, all speakers equally loud"
@@ -193,7 +193,7 @@ def read_row(
     "One paired sample"
     o, name = source['options'], source['name']
     rng = np.random.default_rng([o['pairing'], *name.encode()])
-    wave = level(decode_wave(source['recording'], 8000, name)[0])
+    wave = _level(decode_wave(source['recording'], 8000, name)[0])
     if o['snr'] is not None: wave = noisy(wave, o['snr'], rng)
     wave = F.pad(wave, (0, 8000 - len(wave)))
     image = spoil(source['image'], o['image_noise'], o['occlusion'], rng)
@@ -261,7 +261,7 @@ def digit_item(
     "One item of a new sample, equal to what the prepared dataset would hold"
     if isinstance(source, dict): raise InputError(f"digits: {', '.join(source)} cannot be given for {m}; give a path or an array.")
     if m == 'audio':
-        wave = level(source if isinstance(source, torch.Tensor) else load_wave(source, 8000)[0])
+        wave = _level(source if isinstance(source, torch.Tensor) else load_wave(source, 8000)[0])
         return unpack(pack(log_mel(F.pad(wave, (0, 8000 - len(wave)))[None], 8000)[0].numpy(), mod), mod)
     if not isinstance(source, torch.Tensor):
         if not Path(source).is_file(): raise InputError(f"{source}: there is no such image; check the path.")
@@ -274,7 +274,7 @@ def _sixteen(x):
     grey = Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()).convert('L')
     if grey.size == (16, 16): return torch.from_numpy(np.array(grey)).expand(3, 16, 16)
     small = np.array(grey.resize((8, 8), Image.Resampling.BOX))
-    return torch.from_numpy(enlarge(small[None])[0]).expand(3, 16, 16)
+    return torch.from_numpy(_enlarge(small[None])[0]).expand(3, 16, 16)
 
 # %% ../../nbs/data/20_digits.ipynb #53d42725
 @datasets

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FILES', 'INPUTS', 'TOWERS', 'TIED', 'POOLS', 'ARGS', 'hub_folder', 'tower', 'portable', 'rebuilt', 'hf_net', 'pooled',
            'blocks_of', 'freeze', 'Partly', 'HubNet', 'backbone', 'HubTokens', 'hub_tokens', 'hf_text', 'HubPixels',
-           'hub_pixels', 'hf_visual', 'hub_pixels_of', 'HubFbank', 'HubWave', 'hub_sound', 'hf_audio', 'timm_net',
-           'timm_blocks', 'timm_visual']
+           'hub_pixels', 'hf_visual', 'HubFbank', 'HubWave', 'hub_sound', 'hf_audio', 'timm_net', 'timm_blocks',
+           'timm_visual']
 
 # %% ../../nbs/04c_hub.ipynb #a35a80da
 import json
@@ -303,9 +303,9 @@ def hub_pixels(folder)->HubPixels:
 def hf_visual(mod:Modality, items=None, prep=None, model:str='', pretrained:bool=True, train_last:int=-1, checkpoint:bool=False, pool:str='mean', config=None):
     "An image backbone of transformers by hub name or folder, on images or frames, e.g. image=hf:google/vit-base-patch16-224"
     enc, folder = backbone('visual', model, pretrained, train_last, checkpoint, pool, config)
-    return _over_frames(enc, HubPixels(**prep) if prep else hub_pixels_of(folder, model))
+    return _over_frames(enc, HubPixels(**prep) if prep else _hub_pixels_of(folder, model))
 
-def hub_pixels_of(folder, model):
+def _hub_pixels_of(folder, model):
     "`hub_pixels`, in a sentence if it fails"
     with _reading(model): return hub_pixels(folder)
 
