@@ -20,8 +20,8 @@ TEXTS = [ROOT / f for f in ("README.md", "teaching.md", "CONTRIBUTING.md")]
 CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if "experiments" not in p.parts and ".ipynb_checkpoints" not in p.parts)
 SCRIPTS = sorted((ROOT / "data_scripts").glob("*.py"))
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.S | re.M)
-PROGRAMS = "make mla_run mla_table mla_grid papermill python source pip git dask torchrun cd nbdev_export nbdev_test pytest docker tensorboard".split()
-TRUSTED = "source pip git dask cd nbdev_export nbdev_test pytest docker tensorboard".split()       # not ours to parse
+PROGRAMS = "make mla_run mla_table mla_grid papermill python source pip git dask torchrun accelerate cd nbdev_export nbdev_test pytest docker tensorboard".split()
+TRUSTED = "source pip git dask accelerate cd nbdev_export nbdev_test pytest docker tensorboard".split()       # not ours to parse
 SPAN = re.compile(r"(?<!`)`((?:make|mla_run|mla_table|mla_grid|papermill|python|torchrun) [^`\n]+)`(?!`)")
 SMALLER = [("epochs=14", "epochs=1, dataset_args='n_train=64,n_valid=32,n_test=32'")]                # the same lines, in seconds
 LATER = ["04b", "04c", "15b", "17", "17b", "17c", "18", "26"]      # chapters that were added after the solutions were written: checked where they have some
