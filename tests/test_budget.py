@@ -88,7 +88,7 @@ def test_budget(table, n):
 
 
 def test_exceptions_are_few_and_needed(table):
-    assert len(EXCEPTIONS) <= 6
+    assert len(EXCEPTIONS) < len(CHAPTERS) / 3
     for n, excused in EXCEPTIONS.items():
         for k, (_, why) in excused.items(): assert k in over(table[n]) and len(why.split()) > 5, f"chapter {n} keeps to the limit of {k} by now: remove its exception"
 

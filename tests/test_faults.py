@@ -57,6 +57,14 @@ def table():
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    "A job in the background of a shell is born deaf to it"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "A run that nobody disturbed"

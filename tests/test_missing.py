@@ -293,6 +293,7 @@ def test_tables_tell_rates_apart_and_old_runs_stay_known(tmp_path):
         about = read_json(path)
         for k in ("missing", "missing_test", "missing_fill"): del about["run"][k]
         path.write_text(json.dumps(about))
+    (tmp_path / old["id"] / "checksums.json").unlink()
     run(Run(**TINY, seed=1), root=tmp_path)
     run(Run(**TINY, missing_test=.5), root=tmp_path)
     run(Run(**TINY, missing_test=.5, missing_fill="zeros"), root=tmp_path)

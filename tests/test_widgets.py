@@ -55,6 +55,7 @@ def dots(n): plt.figure(figsize=(2, 1)); plt.plot(range(n), "o")
 
 
 def test_png_closes_its_own_figures_only_also_when_drawing_fails():
+    plt.close("all")                    # those of other tests
     mine = plt.figure()
     assert png(dots, n=3) != png(dots, n=4)
     def breaks(): plt.figure(); raise InputError("no")
