@@ -469,22 +469,22 @@ _one_at_a_time = threading.RLock()
 @contextlib.contextmanager
 def _undisturbed():
     "Jupyter may hear a click in another thread, and shows whatever is open after it: not while we draw"
-    try: from IPython import get_ipython; from matplotlib_inline.backend_inline import flush_figures as flush
+    try: from IPython import get_ipython
     except ImportError: get_ipython = lambda: None
-    shell = get_ipython()
-    on = shell is not None and flush in shell.events.callbacks['post_execute']
-    if on: shell.events.unregister('post_execute', flush)
+    events = getattr(get_ipython(), 'events', None)
+    hooks = [f for f in events.callbacks['post_execute'] if f.__name__ in ('flush_figures', '_draw_all_if_interactive')] if events else []
+    for f in hooks: events.unregister('post_execute', f)
     try: yield
     finally:
-        if on: shell.events.register('post_execute', flush)
+        for f in hooks: events.register('post_execute', f)
 
 def png(
     draw,       # draws one figure
     **values,   # for `draw`
 )->bytes:       # of a PNG picture
     "What `draw` draws; no figure stays open"
-    import io, matplotlib.pyplot as plt
-    with _one_at_a_time, plt.ioff(), _undisturbed():
+    import io, matplotlib as mpl, matplotlib.pyplot as plt
+    with _one_at_a_time, mpl.rc_context({'interactive': False}), _undisturbed():
         before, out = set(plt.get_fignums()), io.BytesIO()
         try:
             draw(**values)
