@@ -89,6 +89,7 @@ demo: prepare-$(DATASET) $(if $(filter features,$(ENCODER)),features) ## concat 
 	    -r dataset_args '$(DATASET_ARGS)' -p root $(DEMO)/$(DATASET); \
 	done
 	@echo; $(BIN)/mla_table $(DEMO)/$(DATASET)
+	@echo; echo "the runs, for mla_predict and mla_doctor:"; ls -d $(DEMO)/$(DATASET)/*/
 
 features: prepare-$(DATASET) ## encoders run over a prepared dataset once: make features DATASET=iemocap FEATURES=SPEC
 	$(BIN)/python data_scripts/extract_features.py --dataset '$(DATASET)' $(if $(MADE),--variant $(MADE)) --encoder '$(FEATURES)' $(if $(FORCE),--force)

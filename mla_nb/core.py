@@ -344,7 +344,7 @@ def write_atomic(
     path = Path(path)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
-        if callable(content): content(part)
+        if callable(content): part.touch(); mode = part.stat().st_mode; content(part); part.chmod(mode)      # some writers make files that nobody else may read
         elif isinstance(content, bytes): part.write_bytes(content)
         else: part.write_text(content, encoding='utf-8')
         with part.open('rb') as f: os.fsync(f.fileno())

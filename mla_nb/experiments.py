@@ -223,7 +223,7 @@ def _encoder(m, mod, family, options):
     family, colon, model = family.partition(':')
     kind = mod.kind
     if f'{family}_{kind}' not in encoders:
-        raise unknown(f'encoder of {kind} (for {m})', family, [k.removesuffix(f'_{kind}') for k in encoders if k.endswith(f'_{kind}')])
+        raise unknown(f'encoder of {kind}' + (f' (for {m})' if m != kind else ''), family, [k.removesuffix(f'_{kind}') for k in encoders if k.endswith(f'_{kind}')])
     if (mod.form == 'vector') != (family == 'features'):
         raise InputError(f"encoder={family!r} for {m}: " + ("its items are extracted features (vectors), which only encoder=features reads; say --encoder features." if mod.form == 'vector' else
                          f"it reads vectors of extracted features, and the items are of the form {mod.form!r}; extract features first (data_scripts/extract_features.py), or choose another encoder."))
@@ -238,7 +238,8 @@ def save_tensors(
     "Store tensors as safetensors, with a checksum of the content"
     from safetensors.torch import save_file
     x = {k: v.detach().contiguous().cpu() for k, v in x.items()}
-    write_atomic(path, lambda part: save_file(x, part, {**meta, 'sha256': digest([sorted(meta.items()), sorted(x.items())])}))
+    about = json.dumps({**meta, 'sha256': digest([sorted(meta.items()), sorted(x.items())])})
+    write_atomic(path, lambda part: save_file(x, part, dict(about=about)))       # one entry: several come in any order
 
 def read_tensors(
     path,
@@ -247,6 +248,7 @@ def read_tensors(
     from safetensors import safe_open
     try:
         with safe_open(path, 'pt') as f: x, meta = {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
+        if 'about' in meta: meta = json.loads(meta['about'])
     except Exception as e: raise InputError(f"{path}: not a readable safetensors file ({e}).") from e
     sha = meta.pop('sha256', None)
     if sha and sha != digest([sorted(meta.items()), sorted(x.items())]): raise InputError(f"{path} is damaged: its checksum is wrong.")
@@ -1117,6 +1119,8 @@ def grid_main(argv=None):
     try:
         given, rest = _grid_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
         common = parse(rest, every=False)
+        odd = [k for k in ('dataset_args', 'method_args', 'name') if k in common]
+        if odd: raise InputError(f"--{odd[0]} cannot hold for several runs; write options in parentheses, e.g. --dataset 'synthetic(n_train=200)' --method 'mla(projection=False)', and leave names to us.")
         try: lrs, jobs = [float(v) for v in given.lr.split(',') if v], int(given.jobs)
         except ValueError: raise InputError(f"lr={given.lr!r}, jobs={given.jobs!r}: must be numbers, e.g. --lr .03,.1,.3 --jobs 2.") from None
         how = dict(jobs=jobs or (1 if torch.cuda.is_available() else os.cpu_count()), scheduler=given.scheduler)

@@ -439,7 +439,7 @@ def answer_table(
     "Ask about every row of a table; killed, the same call goes on where it stopped"
     from tqdm.auto import tqdm
     rows, out = read_questions(table, p.modalities, p.classes), Path(out)
-    plan = dict(model=fingerprint(p), table=hashlib.sha256(json.dumps([dict(r, sources={m: str(v) for m, v in r['sources'].items()}) for r in rows]).encode()).hexdigest())
+    plan = dict(model=fingerprint(p), table=hashlib.sha256(json.dumps([dict(r, sources={m: _stamp(v, p.modalities[m]) for m, v in r['sources'].items()}) for r in rows]).encode()).hexdigest())
     part, done = out.with_name(out.name + '.partial'), out.with_name(out.name + '.json')
     if found := _finished(plan, out, part, done): return found
     _ours(plan, out, part, done)
@@ -460,6 +460,12 @@ def fingerprint(p:Predictor)->str:
     for k, v in sorted(p.net.state_dict().items()): h.update(k.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
+def _stamp(v, mod):
+    "A text, or which version of a file this is: whoever mends one wants to ask again"
+    if mod.kind == 'text' and isinstance(v, str): return v
+    try: s = os.stat(v); return [str(v), s.st_size, s.st_mtime_ns]
+    except OSError: return [str(v)]
+
 def _finished(plan, out, part, done):
     "What was said about this very table by this very model, if it is all there"
     if not (out.exists() and done.exists()): return None
@@ -470,7 +476,7 @@ def _finished(plan, out, part, done):
 
 def _ours(plan, out, part, done):
     "The shards' folder, new or ours; anything else is refused"
-    file, other = part/'plan.json', 'belongs to another run or table; choose another --out, or remove it'
+    file, other = part/'plan.json', 'belongs to another run or table, or to files that have changed since; choose another --out, or remove it'
     if not out.parent.is_dir(): raise InputError(f"{out.parent}: there is no such folder; make it, or choose another --out.")
     if part.exists() and any(not f.name.endswith('.part') for f in part.iterdir()):
         if not file.is_file() or read_json(file, todo=f'remove {part}') != plan: raise InputError(f"{part} {other}.")

@@ -171,8 +171,11 @@ def check_run(
 )->dict:            # name -> function
     "What a doctor looks at in the folder of a run"
     folder = Path(folder)
+    copies = read_json(folder/'files.json') if (folder/'files.json').exists() else {}       # of a saved predictor
     def configuration():
         check_seal(folder, 'config.json', 'preps.json', 'metrics.jsonl', todo='make the run again')
+        bad = [n for n, sha in copies.items() if not (folder/n).is_file() or sha256(folder/n) != sha]
+        if bad: raise InputError(f"{folder/bad[0]} is damaged or missing; copy the folder again.")
         cfg = Run(**read_json(folder/'config.json', ['run'])['run'])
         return f"{cfg.method} on {cfg.dataset}, seed {cfg.seed}, {cfg.epochs} epochs"
     def states():
@@ -186,6 +189,7 @@ def check_run(
         if not (folder/'result.json').exists(): return 'none yet: the same command goes on'
         check_seal(folder, 'result.json', todo='make the run again')
         r = read_json(folder/'result.json', ['test', 'run'])
+        if copies: return f"{100 * r['test']['accuracy']['fused']:.1f}% fused; this is a copy to predict with, whose {len(copies)} files are whole"
         if r['run'] != read_json(folder/'config.json')['run']: raise InputError(f"{folder}/result.json belongs to another configuration; make the run again.")
         if scores(load_pred(folder)) != r['test']: raise InputError(f"{folder}: the predictions do not give the accuracies of result.json; make the run again.")
         return f"{100 * r['test']['accuracy']['fused']:.1f}% fused, which the stored predictions confirm"
@@ -203,6 +207,9 @@ def doctor(
     out = [] if folders else look(machine(root, data))
     for f in map(Path, folders):
         kind = next((checkups[k] for k in checkups if (f/k).exists()), None)
+        if not f.is_dir(): raise InputError(f"{f}: there is no such folder; give the folder of a run or of a prepared dataset.")
+        inside = [] if kind else sorted({p.parent.name for k in checkups for p in f.glob(f'*/{k}')})
+        if inside: raise InputError(f"{f} is a folder of folders; give one of those in it, e.g. {f/inside[0]}" + (f" (there are {len(inside)})." if inside[1:] else '.'))
         if not kind: raise InputError(f"{f} holds none of {', '.join(checkups)}; give the folder of a run or of a prepared dataset.")
         out += [Finding(f'{f} {x.what}', x.ok, x.says) for x in look(kind(f))]
     return out

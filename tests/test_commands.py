@@ -20,9 +20,9 @@ TEXTS = [ROOT / f for f in ("README.md", "teaching.md", "CONTRIBUTING.md")]
 CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if "experiments" not in p.parts and ".ipynb_checkpoints" not in p.parts)
 SCRIPTS = sorted((ROOT / "data_scripts").glob("*.py"))
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.S | re.M)
-PROGRAMS = "make mla_run mla_table mla_grid papermill python source pip git dask torchrun accelerate cd nbdev_export nbdev_test pytest docker tensorboard".split()
+PROGRAMS = "make mla_run mla_table mla_grid mla_predict mla_doctor papermill python source pip git dask torchrun accelerate cd nbdev_export nbdev_test pytest docker tensorboard".split()
 TRUSTED = "source pip git dask accelerate cd nbdev_export nbdev_test pytest docker tensorboard".split()       # not ours to parse
-SPAN = re.compile(r"(?<!`)`((?:make|mla_run|mla_table|mla_grid|papermill|python|torchrun) [^`\n]+)`(?!`)")
+SPAN = re.compile(r"(?<!`)`((?:make|mla_run|mla_table|mla_grid|mla_predict|mla_doctor|papermill|python|torchrun) [^`\n]+)`(?!`)")
 SMALLER = [("epochs=14", "epochs=1, dataset_args='n_train=64,n_valid=32,n_test=32'")]                # the same lines, in seconds
 
 
@@ -106,6 +106,12 @@ def ours(program, args):
     if program == "mla_table":
         assert len(args) <= 1 and not any(a.startswith("-") for a in args)
         return
+    if program == "mla_doctor":
+        assert not any(a.startswith("-") for a in args)
+        return
+    if program == "mla_predict":
+        from mla_nb import predict
+        return predict._parser(predict.ANY).parse_args(args)
     given, rest = e._grid_parser().parse_known_args(args)
     e.plan(given.dataset, ",".join(m for m in e.split_list(given.method) if m != "unimodal"), given.seed, **e.parse(rest, every=False))
     for lr in filter(None, given.lr.split(",")): assert float(lr) > 0

@@ -573,7 +573,9 @@ def test_doctor_on_folders(whole, toy, tmp_path, capsys):
     flip(copy / "train-00001.arrow")
     with pytest.raises(SystemExit) as e: doctor_main([str(copy)])
     assert e.value.code == 1 and "WRONG" in (out := capsys.readouterr().out) and "its checksum is wrong" in out
-    with pytest.raises(SystemExit, match="holds none of"): doctor_main([str(tmp_path)])
+    (tmp_path / "empty").mkdir()
+    for folder, why in (("empty", "holds none of"), (".", "is a folder of folders; give one of those in it, e.g. .*toy"), ("gone", "there is no such folder")):
+        with pytest.raises(SystemExit, match=why): doctor_main([str(tmp_path / folder)])
 
 
 @pytest.mark.parametrize("name", ["config.json", "preps.json", "result.json", "metrics.jsonl", "model.safetensors", "predictions.safetensors", "last.pt", "last-1.pt"])
