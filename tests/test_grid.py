@@ -88,7 +88,8 @@ def test_tuning_looks_at_validation_only(tmp_path):
 
 
 @pytest.mark.parametrize("flags,says", [(["--method", "mlaa"], "did you mean 'mla'"), (["--seed", "0-5"], "a range such as 0:5"), (["--lr", "fast"], "must be numbers"),
-                                        (["--method", "mla(norm=True"], "never closed"), (["--epoch", "1"], "did you mean '--epochs'"), (["--jobs", "x"], "must be numbers")], ids=str)
+                                        (["--method", "mla(norm=True"], "never closed"), (["--epoch", "1"], "did you mean '--epochs'"), (["--jobs", "x"], "must be numbers"),
+                                        (["--method_args", "projection=False"], "write options in parentheses"), (["--dataset_args", "n_train=9"], "write options in parentheses"), (["--name", "one"], "leave names to us")], ids=str)
 def test_wrong_input(flags, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e: grid_main(["--dataset", DATA, *flags])

@@ -331,6 +331,16 @@ def test_a_table(p, files, s):
     assert not Path("out.csv.partial").exists()
 
 
+def test_answers_belong_to_files_as_they_were(p, files):
+    "A row is mended, or a recording replaced: the old answers are not given out for it"
+    files[2]["audio"] = "later.wav"
+    table(files)
+    assert answer_table(p, "t.csv", "out.csv", progress=False)["answered"] == 5
+    Path("later.wav").write_bytes(Path("1.wav").read_bytes())
+    with pytest.raises(InputError, match="files that have changed since; choose another --out"): answer_table(p, "t.csv", "out.csv", progress=False)
+    assert answer_table(p, "t.csv", "new.csv", progress=False)["answered"] == 6
+
+
 def test_no_row_is_answered_twice(p, files, monkeypatch):
     "Stopped between two batches; the same call does the rest"
     asked, real = [], Predictor.answer

@@ -164,7 +164,7 @@ def test_two_processes(tmp_path):
 WRONG = [(["--dataset", "sinthetic"], "unknown dataset 'sinthetic': did you mean 'synthetic'?"),
          (["--method", "mal"], "unknown method 'mal': did you mean 'mla'?"),
          (["--encoder", "smal"], "did you mean 'small'?"),
-         (["--encoder", "resnet18"], "for text"),
+         (["--encoder", "resnet18"], "unknown encoder of text"),
          (["--rule", "entrpy"], "unknown rule 'entrpy': did you mean 'entropy'?"),
          (["--epochs", "-1"], "epochs=-1: must be a whole number of at least 1"),
          (["--epochs", "many"], "epochs='many': must be a whole number"),
@@ -273,3 +273,12 @@ def test_a_checkpoint_that_holds_code_is_not_run(tmp_path):
     for n in ("last.pt", "last-1.pt"): torch.save({"net": Evil()}, tmp_path / "a" / n)
     with pytest.warns(UserWarning, match="last.pt is damaged"), pytest.raises(InputError, match="last.pt"): run(cfg, root=tmp_path)
     assert not (tmp_path / "owned").exists()
+
+
+def test_files_of_tensors_are_equal_byte_for_byte_and_for_others_to_read(tmp_path):
+    from mla_nb.experiments import read_tensors, save_tensors
+    for n in "ab": save_tensors({"x": torch.ones(3), "y": torch.zeros(2)}, tmp_path / n, mods="audio,text", more="1")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert read_tensors(tmp_path / "a")[1] == {"mods": "audio,text", "more": "1"}
+    (tmp_path / "c").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "c").stat().st_mode
