@@ -111,8 +111,8 @@ def epoch_lambda(
     return .1 ** (step / steps + 1)
 
 # %% ../nbs/10_projection.ipynb #98927ca3
-class GradProjection(Callback):
-    "Project the shared head's weight gradient away from earlier turns (MLA, arXiv 2311.10707, section 3.2); biases are left alone"
+class _Memory(Callback):
+    "What is remembered of earlier turns, and how a gradient is kept away from it"
     def __init__(self,
         denominator:str='scalar',       # or 'elementwise'
         norm:bool=False,                # normalise P after each update
@@ -129,10 +129,6 @@ class GradProjection(Callback):
         self.denominator, self.norm, self.when, self.rescale, self.lam, self.skip = denominator, norm, when, rescale, lam, skip
         self.P, self.turns, self.rank = None, 0, rank        # with a rank, P is the factor U
 
-    def before_fit(self, learn):
-        if not isinstance(learn.net.head, SharedHead):
-            raise InputError(f"GradProjection edits the one linear layer of a SharedHead; {type(learn.net.head).__name__} has none that modalities share.")
-
     def update(self, learn):
         here = {m: learn.turn.rows(m) for m in learn.z}         # rows that are absent say nothing
         z = torch.cat([v if here[m] is None else take(v, here[m]) for m, v in learn.z.items()])
@@ -141,6 +137,16 @@ class GradProjection(Callback):
         else: self.P = update_projection(self.P, r, lam, self.denominator, self.norm, self.P)
 
     def project(self, grad): return project_factor(grad, self.P) if self.rank else project(grad, self.P)
+
+    def state_dict(self): return dict(P=self.P, turns=tensor(self.turns))
+    def load_state_dict(self, state): self.P, self.turns = state['P'], int(state['turns'])
+
+# %% ../nbs/10_projection.ipynb #576c42b8
+class GradProjection(_Memory):
+    "Project the shared head's weight gradient away from earlier turns (MLA, arXiv 2311.10707, section 3.2); biases are left alone"
+    def before_fit(self, learn):
+        if not isinstance(learn.net.head, SharedHead):
+            raise InputError(f"GradProjection edits the one linear layer of a SharedHead; {type(learn.net.head).__name__} has none that modalities share.")
 
     def after_backward(self, learn):
         W = learn.net.head.out.weight
@@ -152,9 +158,6 @@ class GradProjection(Callback):
         raw, W.grad = W.grad, self.project(W.grad)
         if self.rescale: W.grad.mul_(raw.norm() / W.grad.norm().clamp(min=1e-12))
         if self.when == 'project_first': self.update(learn)
-
-    def state_dict(self): return dict(P=self.P, turns=tensor(self.turns))
-    def load_state_dict(self, state): self.P, self.turns = state['P'], int(state['turns'])
 
 # %% ../nbs/10_projection.ipynb #abf3a3cb
 def check_projection(

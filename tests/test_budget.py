@@ -16,7 +16,6 @@ EXCEPTIONS = {      # chapter -> limit -> (how far it may be broken, why)
     "04c": dict(median=(6, "half of the cells are definitions, one per kind of model")),
     "06": dict(longest=(34, "Loop, Learner, Recorder and Accelerate are read as wholes; so are the five methods of a team")),
     "08": dict(longest=(34, "QMFLoss is one class: history, ranking and sum are one formula")),
-    "10": dict(longest=(39, "GradProjection is one class; ten of its lines name a parameter and say what it means")),
     "15": dict(longest=(39, "Run is a table: one line for every field")),
     "18": dict(median=(5, "measurements need a few lines each")),
     "19": dict(longest=(32, "prepare has twelve parameters, one line each")),
