@@ -19,7 +19,6 @@ from .core import *
 from .heads import *
 from .learner import *
 from .fusion import *
-from .methods.ensemble import mean_rule
 
 # %% ../nbs/14_evaluation.ipynb #298f7b32
 def answers(
@@ -121,7 +120,7 @@ class calibrated:
     "Another rule, on logits whose temperatures `fit` chooses on validation"
     def __init__(self, rule='entropy', temperatures=None):
         self.rule, self.temperatures = make_rule(rule), temperatures
-        if self.rule in (None, mean, mean_rule) or isinstance(self.rule, fixed): raise InputError("a temperature changes how sure a modality looks, and this rule does not look at that; use rule='entropy' or 'energy'.")
+        if getattr(self.rule, '__name__', type(self.rule).__name__) in ('NoneType', 'mean', 'mean_rule', 'fixed'): raise InputError("a temperature changes how sure a modality looks, and this rule does not look at that; use rule='entropy' or 'energy'.")
 
     def __call__(self, logits, present):
         if self.temperatures is None: return self.rule(logits, present)
