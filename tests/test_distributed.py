@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from conftest import ROOT, torchrun
 from mla_nb.core import Batch, InputError, Modality, Samples, Splits, collate, discover, methods, set_seed
 from mla_nb.devices import Accelerate, Share, backward_in_pieces, buckets, part_of
 from mla_nb.heads import SharedHead, make_net
 from mla_nb.learner import Callback, Learner, Loaders, Method, Recorder, ShardShuffle, Shuffle, StopOnNaN, loaders, predictions
 from mla_nb.projection import GradProjection
 
-ROOT, MODS, CLASSES = Path(__file__).parents[1], ("audio", "visual", "text"), 4
+MODS, CLASSES = ("audio", "visual", "text"), 4
 discover()
 
 
