@@ -145,9 +145,11 @@ class Net(nn.Module):
         self.adapters = nn.ModuleDict({m: nn.Linear(e.num_features, head.width) for m, e in encs.items()
                                        if head.width and e.num_features != head.width})
 
+    def single(self, m:str, k:int)->bool: return k == 1         # is this all there is of `m`? (several processes count together)
+
     def encode(self, m:str, x, rows, n:int):
         "(n,D) features of modality `m`, made from its present rows (None: all)"
-        enc, alone = self.encs[m], self.training and (n if rows is None else len(rows)) == 1
+        enc, alone = self.encs[m], self.training and self.single(m, n if rows is None else len(rows))
         if alone: enc.eval()        # one row has no batch statistics
         x = x if rows is None else take(x, rows)
         if getattr(x, 'dtype', None) == torch.uint8: x = enc.prep.finish(x)     # pictures travel as bytes
