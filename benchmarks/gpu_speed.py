@@ -23,7 +23,8 @@ from mla_nb.encoders.audio import resnet18_trunk
 from mla_nb.encoders.visual import OverFrames
 from mla_nb.experiments import Run, make_opt
 from mla_nb.heads import make_net
-from mla_nb.learner import Accelerate, Learner, Loaders, Recorder, Shuffle, StopOnNaN
+from mla_nb.devices import Accelerate
+from mla_nb.learner import Learner, Loaders, Recorder, Shuffle, StopOnNaN
 from mla_nb.methods.mla import mla
 
 CLASSES = 6

@@ -7,17 +7,17 @@ __all__ = ['PRESET', 'LIMITS', 'FULL', 'CLOSED', 'ELSEWHERE', 'Checked', 'Descri
            'with_options', 'make_dataset', 'make_method', 'encoder_names', 'save_tensors', 'read_tensors', 'seal',
            'check_seal', 'fits', 'load_weights', 'is_main', 'checkpoints', 'read_state', 'States', 'Saver', 'Stopped',
            'Stopper', 'TensorBoard', 'make_encoders', 'make_opt', 'fused_sgd', 'environment', 'data_checksum', 'claim',
-           'build', 'run', 'causes', 'mendable', 'save_pred', 'load_pred', 'fit', 'load_run', 'read_history',
-           'plot_losses', 'plot_weights', 'plot_confusion', 'show_samples', 'results', 'table', 'facts', 'side_by_side',
-           'plot_runs', 'browse_runs', 'seed_list', 'plan', 'attempt', 'grid', 'tune', 'compared', 'plot_compared',
-           'plot_curves', 'costs', 'parse', 'main', 'table_main', 'grid_main']
+           'build', 'undisturbed', 'run', 'causes', 'mendable', 'save_pred', 'load_pred', 'fit', 'load_run',
+           'read_history', 'plot_losses', 'plot_weights', 'plot_confusion', 'show_samples', 'results', 'table', 'facts',
+           'side_by_side', 'plot_runs', 'browse_runs', 'seed_list', 'plan', 'attempt', 'grid', 'tune', 'compared',
+           'plot_compared', 'plot_curves', 'costs', 'parse', 'main', 'table_main', 'grid_main']
 
 # %% ../nbs/15_experiments.ipynb #a0949d8d
 import argparse, ast, errno, hashlib, json, math, os, platform, re, shutil, signal, subprocess, sys, threading, time, warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from multiprocessing import get_context
@@ -28,6 +28,7 @@ import torch
 from .core import *
 from .heads import *
 from .learner import *
+from .devices import Accelerate, Augment
 from .fusion import *
 from .missing import FILLS, rate_text, with_missing
 from .evaluation import calibrated, temperatures
@@ -374,7 +375,7 @@ class Saver(States):
     order = 20
     def before_fit(self, learn):
         if not checkpoints(self.folder): return
-        for stale in self.folder.glob('.*.part'): stale.unlink()        # of a process that was killed while writing
+        for stale in self.folder.glob('.*.part') if is_main() else (): stale.unlink()      # of a process that was killed while writing
         state, path = self.read(next(learn.net.parameters()).device)
         fits(learn.net, state['net'], path)
         learn.net.load_state_dict(state['net']); learn.opt.load_state_dict(state['opt'])
@@ -384,7 +385,13 @@ class Saver(States):
         learn.epoch, self.best = state['epoch'] + (not learn.done), state['best']
 
     def after_batch(self, learn):
-        if self.minutes and time.monotonic() - self.time > 60 * self.minutes: self.save(learn, learn.history, learn.step + 1)
+        due = is_main() and self.minutes > 0 and time.monotonic() - self.time > 60 * self.minutes
+        if learn.agreed('save', due): self.within(learn)
+
+    def within(self, learn):
+        "Save within an epoch"
+        learn.settle()
+        self.save(learn, learn.history, learn.step + 1)
 
     def after_epoch(self, learn):
         valid, rows = learn.row['valid'], [*learn.history, learn.row]
@@ -407,7 +414,7 @@ class Stopped(KeyboardInterrupt):
 class Stopper(Callback):
     "SIGTERM and Ctrl-C: finish the batch, save, stop. The same again: stop at once."
     order = 40
-    def __init__(self, saver:Saver): self.saver, self.asked, self.before = saver, None, {}
+    def __init__(self, saver:Saver): self.saver, self.asked, self.before, self.since = saver, None, {}, 0.
 
     def before_fit(self, learn):
         if threading.current_thread() is not threading.main_thread(): return            # signals go to the main thread
@@ -417,16 +424,18 @@ class Stopper(Callback):
         for s, handler in self.before.items(): signal.signal(s, handler or signal.SIG_DFL)
 
     def hear(self, signum, frame):
-        if self.asked == signum: raise Stopped(signum)
-        self.asked = self.asked or signum
+        patience = 2 if int(os.environ.get('WORLD_SIZE', 1)) > 1 else 0         # torchrun passes on what the terminal has sent already
+        if self.asked == signum and time.monotonic() - self.since > patience: raise Stopped(signum)
+        if not self.asked: self.asked, self.since = signum, time.monotonic()
         os.write(2, b'\nstopping after this batch; once more to stop at once\n')         # print is not allowed here
 
-    def stop(self, learn, where): raise Stopped(self.asked, f"stopped {where} and saved; the same command goes on from there")
+    def stop(self, learn, where): raise Stopped(self.asked or signal.SIGTERM, f"stopped {where} and saved; the same command goes on from there")
     def after_batch(self, learn):
-        if not self.asked: return
-        self.saver.save(learn, learn.history, learn.step + 1)
+        if not learn.agreed('stop', bool(self.asked)): return
+        self.saver.within(learn)
         self.stop(learn, f'in epoch {learn.epoch + 1} after batch {learn.step + 1} of {len(learn.dls.train)}')
-    def after_epoch(self, learn): self.asked and self.stop(learn, f'after epoch {learn.epoch + 1}')
+    def after_epoch(self, learn):
+        if learn.agreed('stop', bool(self.asked), now=True): self.stop(learn, f'after epoch {learn.epoch + 1}')
 
 # %% ../nbs/15_experiments.ipynb #bedf7bda
 class TensorBoard(Callback):
@@ -534,6 +543,15 @@ def _callbacks(cfg):
     if not is_main(): return both
     return [*both, TensorBoard(cfg.folder/'tensorboard'), *([Progress(f'{cfg.dataset} {cfg.method} s{cfg.seed}')] if cfg.progress else [])]
 
+# %% ../nbs/15_experiments.ipynb #ece2a291
+@contextmanager
+def undisturbed():
+    "PyTorch raises an error wherever Python is when a process that prepares batches has died; not in here"
+    mine = hasattr(signal, 'SIGCHLD') and threading.current_thread() is threading.main_thread()
+    before = mine and signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try: yield
+    finally: mine and signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
 # %% ../nbs/15_experiments.ipynb #19fd66fd
 def run(
     cfg:Run,
@@ -552,11 +570,13 @@ def run(
             if done := claim(cfg): return done                          # somebody else has finished it meanwhile
             if is_main(): _describe(cfg, s, learn)
             learn.fit(cfg.epochs)
-            if is_main(): _finish(cfg, s, learn)
+            _finish(cfg, s, learn)
     except Locked: raise
     except Exception as e:
-        if is_main() and not checkpoints(cfg.folder): _forget(cfg.folder, was_there)        # nothing half-written
-        raise mendable(e, cfg) from e
+        with undisturbed():
+            if is_main() and not checkpoints(cfg.folder): _forget(cfg.folder, was_there)    # nothing half-written
+            said = mendable(e, cfg)
+        raise said from e
     if torch.distributed.is_initialized(): torch.distributed.barrier()
     return claim(cfg)
 
@@ -593,13 +613,16 @@ def _describe(cfg, s, learn):
 
 def _finish(cfg, s, learn):
     "Test the epoch that validation chose, once"
-    load_weights(learn.net, cfg.folder)
-    learn.validate()                                                    # fixed weights belong to this epoch
-    p, mods = predictions(learn.net, learn.method, learn.dls.test), list(learn.net.encs)
+    team = next(c.team for c in learn.cbs if isinstance(c, Accelerate))
+    if is_main(): load_weights(learn.net, cfg.folder)
+    if team: team.copy(learn.net); team.join(learn)                     # all predict, a part each
+    valid = learn.validate()                                            # fixed weights belong to this epoch
+    p, mods = learn.predictions(learn.dls.test), list(learn.net.encs)
+    if not is_main(): return
     best = next(c for c in learn.cbs if isinstance(c, Saver)).best[2]
     save_pred(p, cfg.folder/'predictions.safetensors')
     out = dict(id=cfg.folder.name, run=cfg.what, best_epoch=best + 1, valid=learn.history[best]['valid'], test=scores(p), n_test=len(p.y),
-               bayes=s.bayes and {**{m: s.bayes[m,] for m in mods}, 'fused': s.bayes[tuple(mods)]}, weights=getattr(learn.method.rule, 'weights', None), temperatures=temperatures(predictions(learn.net, learn.method, learn.dls.valid)),
+               bayes=s.bayes and {**{m: s.bayes[m,] for m in mods}, 'fused': s.bayes[tuple(mods)]}, weights=getattr(learn.method.rule, 'weights', None), temperatures=temperatures(valid),
                seconds=sum(r['seconds'] for r in learn.history), params=sum(q.numel() for q in learn.net.parameters()), environment=environment())
     seal(cfg.folder, 'metrics.jsonl')
     write_atomic(cfg.folder/'result.json', json.dumps(_plain(out), indent=1))
@@ -1113,6 +1136,10 @@ def _grid_parser():
     return p
 
 # %% ../nbs/15_experiments.ipynb #a44e8b03
+def _numbers(name, kind, text, example):
+    try: return [kind(v) for v in str(text).split(',') if v]
+    except ValueError: raise InputError(f"{name}={text!r}: must be numbers, e.g. --{name} {example}.") from None
+
 def grid_main(argv=None):
     "Entry point of `mla_grid`"
     before = signal.signal(signal.SIGTERM, _on_term) if threading.current_thread() is threading.main_thread() else None
@@ -1121,8 +1148,7 @@ def grid_main(argv=None):
         common = parse(rest, every=False)
         odd = [k for k in ('dataset_args', 'method_args', 'name') if k in common]
         if odd: raise InputError(f"--{odd[0]} cannot hold for several runs; write options in parentheses, e.g. --dataset 'synthetic(n_train=200)' --method 'mla(projection=False)', and leave names to us.")
-        try: lrs, jobs = [float(v) for v in given.lr.split(',') if v], int(given.jobs)
-        except ValueError: raise InputError(f"lr={given.lr!r}, jobs={given.jobs!r}: must be numbers, e.g. --lr .03,.1,.3 --jobs 2.") from None
+        lrs, [jobs] = _numbers('lr', float, given.lr, '.03,.1,.3'), _numbers('jobs', int, given.jobs, '2')
         how = dict(jobs=jobs or (1 if torch.cuda.is_available() else os.cpu_count()), scheduler=given.scheduler)
         runs = plan(given.dataset, given.method, given.seed, **common, **(dict(lr=lrs[0]) if len(lrs) == 1 else {}))
         if len(lrs) > 1:

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['sgd', 'joint_turn', 'turn_of', 'ce_loss', 'Method', 'concat', 'sum_of_logits', 'film', 'gated', 'unimodal', 'Shuffle',
-           'ShardShuffle', 'Loaders', 'loaders', 'make_sampler', 'nbytes', 'Callback', 'Loop', 'Learner', 'Pred',
-           'fuse', 'opinion', 'predict', 'scores', 'predictions', 'Diverged', 'peak_memory', 'Recorder', 'Progress',
-           'Schedule', 'sample_ids', 'StopOnNaN', 'Accelerate', 'OnDevice', 'tensors', 'compile_encoders', 'Augment',
-           'filled', 'join', 'backward_in_pieces', 'Agreement', 'Answers', 'buckets', 'Team', 'again', 'part_of',
-           'Share', 'Shared', 'plot_learning', 'plot_live', 'LiveView', 'check_method']
+           'ShardShuffle', 'Loaders', 'loaders', 'make_sampler', 'nbytes', 'Callback', 'Place', 'Loop', 'Alone',
+           'Learner', 'Pred', 'fuse', 'opinion', 'predict', 'scores', 'predictions', 'Diverged', 'peak_memory', 'Sums',
+           'Recorder', 'Progress', 'Schedule', 'sample_ids', 'StopOnNaN', 'plot_learning', 'plot_live', 'LiveView',
+           'check_method']
 
 # %% ../nbs/06_learner.ipynb #bd25aa0b
 import json, math, re, time
@@ -187,12 +186,13 @@ class Callback:
     def load_state_dict(self, state:dict): pass
 
 # %% ../nbs/06_learner.ipynb #cfc91b74
-class Loop:
-    "Epochs of batches, counted; what happens in a batch is the learner's business"
-    epoch, done, rng, stop = 0, 0, None, False      # stop: set it, and training ends before the next batch
+class Place:
+    "Where in training we are: the epoch, the batches of it that are done, the state of the generators after them"
+    epoch, done, rng = 0, 0, None
 
-    def cb(self, hook):
-        for c in self.cbs: getattr(c, hook)(self)
+    def seed_epoch(self):
+        set_seed(self.seed, self.epoch)
+        torch.empty((), dtype=torch.int64).random_()        # what a loader without workers draws, so that workers change nothing
 
     def left(self):
         "The batches of this epoch that are not done yet, with their numbers"
@@ -203,9 +203,13 @@ class Loop:
             if k == self.done: set_rng_state(self.rng) if self.rng else self.seed_epoch()   # whatever the loader has drawn
             yield k, b
 
-    def seed_epoch(self):
-        set_seed(self.seed, self.epoch)
-        torch.empty((), dtype=torch.int64).random_()        # what a loader without workers draws, so that workers change nothing
+# %% ../nbs/06_learner.ipynb #8340356b
+class Loop(Place):
+    "Epochs of batches, counted; what happens in a batch is the learner's business"
+    stop = False                                        # set it, and training ends before the next batch
+
+    def cb(self, hook):
+        for c in self.cbs: getattr(c, hook)(self)
 
     def one_epoch(self):
         self.net.train()
@@ -230,8 +234,19 @@ class Loop:
 # %% ../nbs/06_learner.ipynb #f852cb2b
 sgd = partial(torch.optim.SGD, lr=.1, momentum=.9)
 
+# %% ../nbs/06_learner.ipynb #2465f4a8
+class Alone:
+    "What several processes have to settle among them (chapter 6b); alone it is simple"
+    def turns(self): return self.method.turns(self.batch)
+    def size(self)->int: return len(self.turn)                          # rows that take this turn
+    def mean(self, x): return x.mean(0)                                 # over these rows
+    def everyone(self, logits:dict): return logits, self.turn           # answers and labels of these rows
+    def predictions(self, dl)->'Pred': return predictions(self.net, self.method, dl)
+    def agreed(self, what, mine, now=False)->bool: return mine          # does anybody want to do this now?
+    def settle(self): pass                                              # before the net is written down
+
 # %% ../nbs/06_learner.ipynb #6c2b5e1a
-class Learner(Loop):
+class Learner(Loop, Alone):
     "Trains a net with a method; everything else is callbacks"
     def __init__(self, net:Net, dls:Loaders, method:Method, opt_func=sgd, cbs=(), seed:int=0):
         for m in method.modalities or ():
@@ -254,13 +269,6 @@ class Learner(Loop):
     def one_batch(self):
         for self.turn in self.turns(): self.one_turn()
         self.cb('after_batch')
-
-    # what several processes have to do together (6.8); alone it is simple
-    def turns(self): return self.method.turns(self.batch)
-    def size(self)->int: return len(self.turn)                          # rows that take this turn
-    def mean(self, x): return x.mean(0)                                 # over these rows
-    def everyone(self, logits:dict): return logits, self.turn           # answers and labels of these rows
-    def predictions(self, dl)->'Pred': return predictions(self.net, self.method, dl)
 
     def validate(self)->'Pred':
         "Predictions on validation; a rule that has something to learn (a `fit`) learns it here"
@@ -373,8 +381,27 @@ def peak_memory(
         return int(peak[1]) / 2**10 if peak else None
     except OSError: return None
 
+# %% ../nbs/06_learner.ipynb #43b564b6
+class Sums:
+    "Losses per turn and gradient norms per encoder since the epoch began; they stay on the device until it ends"
+    def reset(self):
+        self.loss, self.grad, self.start = {}, {}, time.perf_counter()
+        peak_memory(self.device, restart=True)
+
+    def means(self)->dict:
+        return dict(loss={k: sum(float(v) * n for v, n in rows) / sum(n for _, n in rows) for k, rows in self.loss.items()},
+                    grad={m: torch.stack(v).mean().item() for m, v in self.grad.items()})
+
+    def state_dict(self):
+        loss = {k: [torch.stack([v for v, _ in rows]), [n for _, n in rows]] for k, rows in self.loss.items()}
+        return dict(loss=loss, grad={m: torch.stack(v) for m, v in self.grad.items()}, seconds=time.perf_counter() - self.start)
+
+    def load_state_dict(self, state):
+        self.loss = {k: list(zip(v.unbind(), n)) for k, (v, n) in state['loss'].items()}
+        self.grad, self.start = {m: list(v.unbind()) for m, v in state['grad'].items()}, time.perf_counter() - state['seconds']
+
 # %% ../nbs/06_learner.ipynb #a77c44c9
-class Recorder(Callback):
+class Recorder(Sums, Callback):
     "Per epoch: training loss per turn, gradient norm per encoder, validation scores, seconds, peak memory"
     order = 10
     def __init__(self, every:int=8): self.every = every     # batches between gradient norms
@@ -382,15 +409,6 @@ class Recorder(Callback):
         self.params = {m: list(e.parameters()) for m, e in learn.net.encs.items()}
         self.device = next(learn.net.parameters()).device
         self.reset()
-    def reset(self):
-        self.loss, self.grad, self.start = {}, {}, time.perf_counter()
-        peak_memory(self.device, restart=True)
-    def state_dict(self):
-        loss = {k: [torch.stack([v for v, _ in rows]), [n for _, n in rows]] for k, rows in self.loss.items()}
-        return dict(loss=loss, grad={m: torch.stack(v) for m, v in self.grad.items()}, seconds=time.perf_counter() - self.start)
-    def load_state_dict(self, state):
-        self.loss = {k: list(zip(v.unbind(), n)) for k, (v, n) in state['loss'].items()}
-        self.grad, self.start = {m: list(v.unbind()) for m, v in state['grad'].items()}, time.perf_counter() - state['seconds']
 
     def after_backward(self, learn):
         if learn.step % self.every: return
@@ -405,10 +423,7 @@ class Recorder(Callback):
         seconds, p = time.perf_counter() - self.start, learn.validate()
         if not p.logits.isfinite().all():
             raise Diverged(f"after epoch {learn.epoch + 1} the answers are not finite; try a learning rate below {learn.opt.param_groups[0]['lr']:g}.")
-        learn.row.update(lr=learn.opt.param_groups[0]['lr'], seconds=seconds, memory=peak_memory(self.device),
-                         train=dict(loss={k: sum(float(v) * n for v, n in rows) / sum(n for _, n in rows) for k, rows in self.loss.items()},
-                                    grad={m: torch.stack(v).mean().item() for m, v in self.grad.items()}),
-                         valid=scores(p))
+        learn.row.update(lr=learn.opt.param_groups[0]['lr'], seconds=seconds, memory=peak_memory(self.device), train=self.means(), valid=scores(p))
         self.reset()
 
 # %% ../nbs/06_learner.ipynb #97d9ed7c
@@ -481,301 +496,6 @@ class StopOnNaN(Callback):
         if self.folder: write_atomic(Path(self.folder)/'nan.json', json.dumps(about, indent=1))
         raise Diverged(f"the {what} in epoch {epoch + 1}, batch {step + 1} ({' + '.join(mods)}); samples {names[:5]}…"
                        + (f" (all in {Path(self.folder)/'nan.json'})" if self.folder else '') + f"; {todo}.")
-
-# %% ../nbs/06_learner.ipynb #c0f61554
-class Accelerate(Callback):
-    "Device, precision, layout and processes, by Hugging Face Accelerate"
-    order = -10
-    def __init__(self,
-        device:str='auto',          # or 'cpu'
-        precision:str='no',         # or 'bf16', for the encoders
-        channels_last:bool=False,   # memory layout of pictures and filters
-        compiled:bool=False,        # torch.compile, where it works
-        tf32:bool=False,            # faster matrix products on a GPU
-        piece:int=0,                # rows that are encoded at once; 0: the whole turn
-    ):
-        self.device, self.precision, self.channels_last, self.compiled, self.tf32, self.piece = device, precision, channels_last, compiled, tf32, piece
-        self.team, self.prepared = None, None
-
-    def before_fit(self, learn):
-        if self.prepared is not learn: self.prepare(learn); self.prepared = learn       # once, however often it is fitted
-        if self.team: self.team.join(learn)
-        if self.piece or self.team: learn.backward = partial(backward_in_pieces, learn, self.piece)
-
-    def prepare(self, learn):
-        from accelerate import Accelerator
-        self.acc = Accelerator(cpu=self.device == 'cpu', mixed_precision='no')
-        device = self.acc.device
-        learn.net.to(device, **dict(memory_format=torch.channels_last) if self.channels_last else {})
-        learn.opt.load_state_dict(learn.opt.state_dict())       # its state follows the parameters
-        if self.tf32: torch.set_float32_matmul_precision('high')
-        if self.compiled: compile_encoders(learn.net, device)
-        if self.precision == 'bf16':
-            encode = torch.autocast(device.type, torch.bfloat16)(learn.net.features)
-            learn.net.features = lambda b: {m: z.float() for m, z in encode(b).items()}     # the head stays exact
-        if self.acc.num_processes > 1: self.team = Team(learn, device)
-        train = Shared(learn.dls, self.team) if self.team else OnDevice(learn.dls.train, device)
-        learn.dls = replace(learn.dls, train=train, **{k: OnDevice(getattr(learn.dls, k), device) for k in ('valid', 'test')})
-
-    def after_backward(self, learn): self.team and self.team.reduce(learn)
-    def after_epoch(self, learn): self.team and self.team.share_buffers(learn.net)
-    def after_fit(self, learn): self.team and self.team.leave(learn)
-
-# %% ../nbs/06_learner.ipynb #d8febaeb
-class OnDevice:
-    "A loader whose batches are moved; on a GPU, the next one while this one is used"
-    vary = staticmethod(lambda b: b)        # what `Augment` puts here happens before
-    def __init__(self, dl, device): self.dl, self.device, self.batch_size = dl, device, getattr(dl, 'batch_size', None)
-    def __len__(self): return len(self.dl)
-    def __iter__(self): return (self.vary(b).to(self.device) for b in self.dl) if self.device.type != 'cuda' else self.ahead()
-
-    def ahead(self):
-        side, ready = torch.cuda.Stream(self.device), []
-        for b in self.dl:
-            with torch.cuda.stream(side): ready.append((self.vary(b).to(self.device), side.record_event()))
-            if len(ready) > 1: yield self.handed(*ready.pop(0))
-        for r in ready: yield self.handed(*r)
-
-    def handed(self, b, copied):
-        "Once it is copied; its memory is in use until the stream that computes is done with it"
-        main = torch.cuda.current_stream(self.device)
-        main.wait_event(copied)
-        for v in tensors([b.x, b.y, b.idx]): v.record_stream(main)
-        return b
-
-def tensors(x):
-    "All tensors in a nest of lists and dicts"
-    if isinstance(x, torch.Tensor): yield x
-    else:
-        for v in x.values() if isinstance(x, dict) else x: yield from tensors(v)
-
-# %% ../nbs/06_learner.ipynb #35f941a8
-def compile_encoders(
-    net:Net,
-    device,     # where it is
-)->bool:        # did it work?
-    "`torch.compile` for every encoder, if this machine can do it"
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))        # is there a compiler?
-        torch._dynamo.config.suppress_errors = True                                 # what it cannot compile runs as it is
-        for e in net.encs.values(): e.compile()
-    except Exception as e:
-        print(f"compiled=True: torch.compile does not work here ({type(e).__name__}); training goes on without it.")
-        return False
-    return True
-
-# %% ../nbs/06_learner.ipynb #8cd03749
-class Augment(Callback):
-    "Vary the training pictures: 'crop' shifts them, 'flip' mirrors them"
-    order, kinds = -9, ('', 'crop', 'flip', 'crop,flip')
-    def __init__(self, what:str='crop,flip'):
-        if what not in self.kinds: raise unknown('augment', what, self.kinds)
-        self.what = what
-
-    def before_fit(self, learn):
-        self.learn, self.preps = learn, {m: e.prep for m, e in learn.net.encs.items() if hasattr(getattr(e, 'prep', None), 'vary')}
-        if not self.preps: raise InputError(f"augment={self.what!r}: only pictures can be varied, and there are none among {', '.join(learn.net.encs)}; leave it out.")
-        train = learn.dls.train
-        if not hasattr(train, 'vary'): train = OnDevice(train, next(learn.net.parameters()).device)
-        train.vary = self
-        learn.dls = replace(learn.dls, train=train)
-
-    def __call__(self, b:Batch)->Batch:
-        seeds = [((self.learn.seed * 1_000_003 + self.learn.epoch) * 2**24 + i) % 2**63 for i in b.idx.tolist()]
-        return replace(b, x={m: self.varied(m, x, seeds) if m in self.preps and len(b) else x for m, x in b.x.items()})
-
-    def varied(self, m, x, seeds): return torch.stack([self.preps[m].vary(v, s, self.what) for v, s in zip(x, seeds)])
-
-# %% ../nbs/06_learner.ipynb #8517fc20
-def filled(learn, z, turn)->dict:
-    "Features of every modality of a turn, without their history; zeros where nobody here has any"
-    width = lambda m: learn.net.head.width or learn.net.encs[m].num_features
-    return {m: z[m].detach() if m in z else torch.zeros(len(turn), width(m), device=turn.y.device) for m in turn.x if m in learn.net.encs}
-
-def join(zs:list)->dict: return zs[0] if len(zs) == 1 else {m: torch.cat([z[m] for z in zs]) for m in zs[0]}
-
-# %% ../nbs/06_learner.ipynb #2743cc71
-def backward_in_pieces(
-    learn,
-    rows:int=0,     # encoded at once; 0: all
-):
-    "The gradients of a turn, some rows at a time; `learn.z` is then that of the whole turn"
-    t, n = learn.turn, learn.size()
-    parts = [t.take(r) for r in torch.arange(len(t)).split(rows)] if rows and len(t) > rows else [t] if len(t) else []
-    if getattr(learn.method.loss, 'whole', False): return _backward_whole(learn, t, parts)
-    zs, loss = [], torch.zeros((), device=t.y.device)
-    for learn.turn in parts:
-        learn.z = learn.net.features(learn.turn)
-        own = learn.method.loss(learn) * (len(learn.turn) / n)
-        own.backward()
-        zs.append(filled(learn, learn.z, learn.turn)); loss += own.detach()
-    learn.turn, learn.z, learn.loss = t, join(zs) if zs else filled(learn, {}, t), loss
-
-# %% ../nbs/06_learner.ipynb #1f2c2d7c
-def _backward_whole(learn, t, parts):
-    "The same for a loss that compares rows: features first, then the loss, then the encoders again"
-    several = len(parts) > 1
-    with torch.random.fork_rng(enabled=several), torch.set_grad_enabled(not several): zs = [learn.net.features(p) for p in parts]
-    blank = lambda z, p: {**filled(learn, {}, p), **z}
-    learn.z = join([blank(z, p) for z, p in zip(zs, parts)]) if parts else filled(learn, {}, t)
-    if several: learn.z = {m: z.requires_grad_() for m, z in learn.z.items()}
-    learn.loss = learn.method.loss(learn)
-    learn.loss.backward()
-    for p, r in zip(parts, torch.arange(len(t)).split(len(parts[0])) if several else ()):
-        z = learn.net.features(p)
-        torch.autograd.backward(list(z.values()), [take(learn.z[m].grad, r) for m in z])
-    learn.loss = learn.loss.detach()
-
-# %% ../nbs/06_learner.ipynb #aa5bc8ea
-class Agreement:
-    "What several processes that train one net have to agree upon, batch by batch"
-    def __init__(self, learn, device):
-        import torch.distributed as dist
-        self.dist, self.rank, self.n, self.device = dist, dist.get_rank(), dist.get_world_size(), device
-        self.cpu, self.turn = dist.new_group(backend='gloo'), None      # flags are exchanged without waking the GPU
-        self.params, self.kept = [p for p in learn.net.parameters() if p.requires_grad], {}
-        with torch.no_grad():
-            for v in learn.net.state_dict().values(): dist.broadcast(v, 0)
-
-    def gather(self, x)->list:
-        "Any small thing, from everybody"
-        out = [None] * self.n
-        self.dist.all_gather_object(out, x, group=self.cpu)
-        return out
-
-    def alike(self, learn, own=0):
-        "Set the generator as everybody does; `own`: differently for each process"
-        torch.manual_seed((learn.seed * 1_000_003 + learn.epoch * 7919 + learn.step) * 1024 + own)
-
-    def turns(self, learn):
-        "The turns of the whole batch, and of each the rows that are ours"
-        b, (whole, ends) = learn.batch, learn.batch.whole
-        self.alike(learn)
-        for self.turn in list(learn.method.turns(whole)):
-            rows = next(iter(self.turn.x.values()))                         # numbers of rows in the whole batch
-            owner = torch.bucketize(rows, ends, right=True)
-            self.counts, mine = torch.bincount(owner, minlength=self.n).tolist(), rows[owner == self.rank] - (ends[self.rank] - len(b))
-            t = Batch({m: b.x.get(m, b.y) for m in self.turn.x}, b.y, {m: b.present[m] for m in self.turn.x}, b.idx)
-            self.alike(learn, 1 + self.rank)
-            yield t if len(mine) == len(b) else t.take(mine)
-
-# %% ../nbs/06_learner.ipynb #cc489bc7
-class Answers(Agreement):
-    "What edits, losses and the recorder ask about a turn, answered by all processes together"
-    def size(self, learn): return sum(self.counts)
-
-    def mean(self, learn, x):
-        "Over the rows of everybody"
-        total = torch.cat([x.sum(0).reshape(-1), torch.full((1,), len(x), dtype=x.dtype, device=x.device)])
-        self.dist.all_reduce(total)
-        return (total[:-1] / total[-1].clamp(min=1)).view(x.shape[1:])
-
-    def everyone(self, learn, logits):
-        "Everybody's answers in the order of the whole batch, of which only ours have a gradient, and the labels"
-        t = self.turn
-        return {m: self.rows(l) for m, l in logits.items()}, Batch({}, to(t.y, self.device), t.present, to(t.idx, self.device))
-
-    def rows(self, x):
-        mine = x.new_zeros(max(self.counts), *x.shape[1:])
-        mine[:len(x)] = x.detach()
-        out = [torch.empty_like(mine) for _ in self.counts]
-        self.dist.all_gather(out, mine)
-        return torch.cat([x if r == self.rank else o[:k] for r, (o, k) in enumerate(zip(out, self.counts))])
-
-    def predictions(self, learn, dl):
-        "Each process predicts a part of the split, and all have all of it"
-        own = part_of(dl.dl, self)
-        found = self.gather(predictions(learn.net, learn.method, OnDevice(own, self.device)) if len(own) else None)
-        return Pred.cat([p for p in found if p is not None])
-
-# %% ../nbs/06_learner.ipynb #4ec90600
-def buckets(params:list, size:int=2**23)->list:
-    "Lists of parameters with about `size` numbers each"
-    out, n = [[]], 0
-    for p in params:
-        if n + p.numel() > size and out[-1]: out.append([]); n = 0
-        out[-1].append(p); n += p.numel()
-    return out
-
-# %% ../nbs/06_learner.ipynb #6b0c954d
-class Team(Answers):
-    "Several processes that train one net"
-    together = 'turns', 'size', 'mean', 'everyone', 'predictions'           # of the learner
-
-    def join(self, learn):
-        for name in self.together: setattr(learn, name, partial(getattr(self, name), learn))
-
-    def leave(self, learn):
-        "What follows is done by one process alone"
-        for name in (*self.together, 'backward'): vars(learn).pop(name, None)
-
-    def reduce(self, learn):
-        "Add everybody's gradients and losses; parameters that nobody has a gradient for are left alone"
-        has = tensor([p.grad is not None for p in self.params], dtype=torch.uint8)
-        self.dist.all_reduce(has, self.dist.ReduceOp.MAX, group=self.cpu)
-        used = [p for p, h in zip(self.params, has.tolist()) if h]
-        for p in used: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        same = getattr(learn.method.loss, 'whole', False)                   # then everybody has computed the same loss
-        flat = [torch.cat([p.grad.reshape(-1) for p in some]) for some in buckets(used)] + [learn.loss.reshape(1) / (self.n if same else 1)]
-        for work in [self.dist.all_reduce(f, async_op=True) for f in flat]: work.wait()
-        for some, f in zip(buckets(used), flat):
-            for p, g in zip(some, f.split([p.numel() for p in some])): p.grad.copy_(g.view_as(p))
-        learn.loss = flat[-1][0]
-        self.alike(learn)                                                   # what edits draw is the same for all
-
-    def share_buffers(self, net):
-        "Running statistics become everybody's mean"
-        for b in net.buffers():
-            if b.is_floating_point(): self.dist.all_reduce(b); b /= self.n
-
-# %% ../nbs/06_learner.ipynb #d3415d7f
-def again(dl, batches)->DataLoader:
-    "The same loader with other batches (lists of rows)"
-    return DataLoader(dl.dataset, batch_sampler=batches, collate_fn=dl.collate_fn, num_workers=dl.num_workers, pin_memory=dl.pin_memory, persistent_workers=dl.num_workers > 0)
-
-def part_of(dl, team):
-    "This process's part of a split: rows that follow each other"
-    mine = torch.arange(len(dl.dataset if isinstance(dl, DataLoader) else dl)).tensor_split(team.n)[team.rank]
-    if not isinstance(dl, DataLoader): return [dl[i] for i in mine]
-    if id(dl) not in team.kept: team.kept[id(dl)] = again(dl, [r.tolist() for r in mine.split(dl.batch_size)] if len(mine) else [])
-    return team.kept[id(dl)]
-
-class Share(Sampler):
-    "The batches of one process; ask for them after the epoch is set"
-    def __init__(self, sampler, size, team): self.sampler, self.size, self.team, self.steps = sampler, size, team, {}
-    def streams(self): return self.sampler.streams(self.team.n, self.size)
-    def __len__(self):
-        e = self.sampler.epoch
-        if e not in self.steps: self.steps = {e: max(-(-len(s) // self.size) for s in self.streams())}      # asked for in every step
-        return self.steps[e]
-    def __iter__(self): return (r.tolist() for r in self.streams()[self.team.rank].split(self.size)[self.sampler.skip // self.size:] if len(r))
-
-# %% ../nbs/06_learner.ipynb #b5d23549
-class Shared:
-    "The training batches of one process; each knows what the whole batch is"
-    vary = staticmethod(lambda b: b)
-    def __init__(self, dls, team):
-        self.team, self.sampler, dl = team, dls.sampler, dls.train
-        self.batch_size = getattr(dl, 'batch_size', None)
-        if not isinstance(dl, DataLoader): self.dl = [b.take(torch.arange(len(b)).tensor_split(team.n)[team.rank]) for b in dl]; return
-        if dls.sampler.n < team.n: raise InputError(f"{team.n} processes, but only {dls.sampler.n} training samples; use fewer processes.")
-        self.dl = again(dl, Share(dls.sampler, dl.batch_size, team))
-
-    def __len__(self): return len(self.dl)
-
-    def __iter__(self):
-        k, b = self.sampler.skip // self.batch_size if self.batch_size else 0, None          # batches that are done already
-        for k, b in enumerate(self.dl, k + 1): yield self.moved(b)
-        if b is None and k < len(self): b = next(iter(again(self.dl, [[0]])))
-        for _ in range(len(self) - k): yield self.moved(b.take(torch.zeros(0, dtype=torch.long)))      # others have rows left
-
-    def moved(self, b):
-        every = self.team.gather((b.y, b.idx, b.present))
-        y, idx = (torch.cat([e[k] for e in every]) for k in (0, 1))
-        present, rows = {m: torch.cat([e[2][m] for e in every]) for m in b.present}, torch.arange(len(y))
-        out = self.vary(b).to(self.team.device)
-        out.whole = Batch({m: rows for m, p in present.items() if p.any()}, y, present, idx), tensor([len(e[0]) for e in every]).cumsum(0)
-        return out
 
 # %% ../nbs/06_learner.ipynb #0e5e779c
 def plot_learning(

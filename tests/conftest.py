@@ -4,6 +4,7 @@ import io
 import os
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +26,20 @@ def script(name, *args, ok=True):
         except SystemExit as e: code = e.code
     assert (code in (None, 0)) == ok and "\n" not in str(code), (said.getvalue(), code)
     return f"{said.getvalue()}{code}"
+
+
+def started(*args, cwd, how=("-m", "mla_nb.experiments")):
+    "Two processes that train one net"
+    args = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(40000 + os.getpid() % 20000), *how, *args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(args, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+
+
+def torchrun(*args, cwd):
+    p = started(*args, cwd=cwd)
+    out, err = p.communicate(timeout=240)
+    assert p.returncode == 0, err[-4000:]
+    return out
 
 
 @pytest.fixture

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from conftest import ROOT, torchrun
 from mla_nb.core import Batch, InputError, Modality, Samples, Splits, collate, discover, methods, set_seed
+from mla_nb.devices import Accelerate, Share, backward_in_pieces, buckets, part_of
 from mla_nb.heads import SharedHead, make_net
-from mla_nb.learner import (Accelerate, Callback, Learner, Loaders, Method, Recorder, ShardShuffle, Share, Shuffle, StopOnNaN, backward_in_pieces, buckets,
-                            loaders, part_of, predictions)
+from mla_nb.learner import Callback, Learner, Loaders, Method, Recorder, ShardShuffle, Shuffle, StopOnNaN, loaders, predictions
 from mla_nb.projection import GradProjection
 
-ROOT, MODS, CLASSES = Path(__file__).parents[1], ("audio", "visual", "text"), 4
+MODS, CLASSES = ("audio", "visual", "text"), 4
 discover()
 
 
@@ -165,13 +166,6 @@ def test_training_that_goes_on(two): equal(two(1, "mla|twice"), found(trained("m
 def test_a_loss_that_breaks_down_stops_all_processes(two):
     a, b = (said.split("samples")[0] for said in two.said)             # each names samples of its own
     assert a == b and all("learning rate below 1e+30" in said for said in two.said)
-
-
-def torchrun(*args, cwd):
-    args = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(40000 + os.getpid() % 20000), "-m", "mla_nb.experiments", *args]
-    p = subprocess.run(args, cwd=cwd, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
-    assert p.returncode == 0, p.stderr[-4000:]
-    return p.stdout
 
 
 def test_the_command_itself(tmp_path):

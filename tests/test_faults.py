@@ -20,10 +20,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import tensor
 from hypothesis import HealthCheck, given, settings, strategies as st
+from safetensors.torch import load_file
+from torch import tensor
 
-from conftest import ROOT
+from conftest import ROOT, started, torchrun
 from mla_nb.core import InputError, Locked, Modality, digest, discover, locked, read_json, rng_state, rules, set_rng_state
 from mla_nb.data.media import read_split
 from mla_nb.data.own import own_classes, own_splits, read_table
@@ -147,7 +148,16 @@ def test_kill_9_at_many_random_moments(tmp_path):
 
 
 CLI = [sys.executable, "-c", "from mla_nb.experiments import main; main()"]
-SLOW = "import time, mla_nb.learner as l; f = l.Learner.one_batch\ndef slow(self): time.sleep(.05); f(self)\nl.Learner.one_batch = slow\nfrom mla_nb.experiments import main; main()"
+SLOW = """
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)        # a job in the background is born deaf to it
+import mla_nb.learner as l
+f = l.Learner.one_batch
+def slow(self): time.sleep(.05); f(self)
+l.Learner.one_batch = slow
+from mla_nb.experiments import main; main()
+"""
+PAIR = "--dataset_args n_train=160,n_valid=40,n_test=40 --batch_size 8 --epochs 2 --device cpu --progress false --save_every 0".split()
 
 
 @pytest.mark.parametrize("sig,code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=soak)])
@@ -163,6 +173,66 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tmp_path, whole, 
     assert not (cfg.folder / "result.json").exists() and last(cfg)["done"] + last(cfg)["epoch"] > 0
     run(cfg)
     tally("SIGTERM or Ctrl-C in a run", same(cfg, whole))
+
+
+def children(pid):
+    "Processes that it has started"
+    stats = {int(p.parent.name): p.read_text() for p in Path("/proc").glob("[0-9]*/stat")}
+    return [k for k, v in stats.items() if int(v.rsplit(")", 1)[1].split()[1]) == pid]
+
+
+def works(pid):
+    try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError: return False
+
+
+@pytest.fixture(scope="module")
+def whole_pair(tmp_path_factory):
+    "What two processes end with if nobody disturbs them, and how they are started"
+    folder = tmp_path_factory.mktemp("pair")
+    torchrun(*PAIR, "--name", "whole", cwd=folder)
+    return folder
+
+
+@pytest.mark.parametrize("sig,whom", [(signal.SIGTERM, "all"), pytest.param(signal.SIGINT, "all", marks=soak), pytest.param(signal.SIGTERM, "one", marks=soak)])
+def test_a_signal_stops_all_processes_at_the_same_batch_and_they_go_on_together(whole_pair, sig, whom):
+    "With batch norm: what is saved within an epoch has everybody's statistics"
+    (whole_pair / "slow.py").write_text(SLOW)
+    name, folder = f"{sig.name}{whom}", whole_pair / f"runs/{sig.name}{whom}"
+    p = started(*PAIR, "--name", name, cwd=whole_pair, how=("slow.py",))
+    end = time.time() + 120
+    while not (folder / "last.pt").exists() and time.time() < end: time.sleep(.02)
+    time.sleep(.2)                                                      # some batches into the second epoch
+    if whom == "all": os.killpg(p.pid, sig)                             # as terminals and schedulers do; torchrun passes it on once more
+    else: os.kill(max(children(p.pid)), sig)
+    said = p.communicate(timeout=100)[1]
+    assert p.returncode and "the same command goes on from there" in said and "Connection" not in said, said
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert state["epoch"] == 1 and 0 < state["done"] < 10 and not (folder / "result.json").exists()
+    torchrun(*PAIR, "--name", name, cwd=whole_pair)
+    a, b = (load_file(whole_pair / f"runs/{n}/model.safetensors") for n in (name, "whole"))
+    assert a.keys() == b.keys()
+    tally("a signal to one or both of two processes", all(torch.allclose(a[k].double(), b[k].double(), atol=1e-6) for k in a))
+    p, q = (load_pred(whole_pair / f"runs/{n}") for n in (name, "whole"))
+    assert torch.allclose(p.fused, q.fused, atol=1e-5)
+
+
+@soak
+def test_a_signal_to_a_grid_reaches_its_runs(tmp_path):
+    args = "--dataset synthetic(n_train=600,n_valid=40,n_test=40) --method concat,mla --seed 0 --epochs 40 --jobs 2 --device cpu --root runs".split()
+    begin = lambda: subprocess.Popen([sys.executable, "-c", "from mla_nb.experiments import grid_main; grid_main()", *args], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    p, end = begin(), time.time() + 120
+    while len(list(tmp_path.glob("runs/*/last.pt"))) < 2 and time.time() < end: time.sleep(.02)
+    workers, end = children(p.pid), time.time() + 20
+    p.send_signal(signal.SIGTERM)
+    said = p.communicate(timeout=60)[1]
+    assert p.returncode == 143 and "Traceback" not in said, said
+    while any(works(w) for w in workers) and time.time() < end: time.sleep(.1)
+    assert len(workers) >= 2 and not any(works(w) for w in workers)                              # nobody works on for nobody
+    assert not list(tmp_path.glob("runs/*/result.json"))
+    p = begin()
+    assert "concat" in p.communicate(timeout=200)[0] and p.returncode == 0
+    for run_ in tmp_path.glob("runs/*/"): tally("SIGTERM to a grid of runs", len(read_history(run_)) == 40 and (run_ / "result.json").exists())
 
 
 def test_the_second_signal_stops_at_once_and_handlers_are_put_back(whole):

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import ROOT
 from mla_nb.core import Batch, InputError, discover, methods, set_seed
+from mla_nb.devices import Accelerate, Augment, OnDevice, backward_in_pieces, compile_encoders, tensors
 from mla_nb.encoders.visual import Pixels
 from mla_nb.experiments import Run, build, fused_sgd, make_dataset, make_opt, run
 from mla_nb.heads import SharedHead, make_net
-from mla_nb.learner import (Accelerate, Augment, Learner, Loaders, Method, OnDevice, Recorder, Shuffle, backward_in_pieces, compile_encoders, loaders,
-                            predictions, tensors)
+from mla_nb.learner import Learner, Loaders, Method, Recorder, Shuffle, loaders, predictions
 from mla_nb.methods.mla import mla
 from mla_nb.projection import GradProjection, check_projection, project, project_factor, update_factor, update_projection
 

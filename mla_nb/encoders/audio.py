@@ -90,6 +90,7 @@ class Standardise:
         "Take mean and sd from training items (at most 2,000 of them)"
         x = self.features(items[:2000])
         self.mean, self.std = float(x.mean()), float(x.std().clamp(min=1e-6))
+        if self.mean != self.mean: raise InputError(f"training item {int(x.flatten(1).isnan().any(1).nonzero()[0])} of the audio has values that are not numbers; leave it out, or mend it.")
         return self
 
     def __call__(self, items): return ((self.features(items) - self.mean) / self.std)[:, None]

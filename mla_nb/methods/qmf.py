@@ -55,7 +55,7 @@ class QMFLoss(Histories):
     def __init__(self, branch:str='av'):            # 'av' or 'm3ae': which published sum of terms
         if branch not in ('av', 'm3ae'): raise unknown('branch of QMF', branch, ['av', 'm3ae'])
         self.branch = branch
-    whole = True        # samples are compared with each other, so the loss needs all rows of a turn (6.8)
+    whole = True        # samples are compared with each other, so the loss needs all rows of a turn (chapter 6b)
 
     def terms(self, logits, y, idx, present):
         "Per modality, over the rows that have it: cross-entropies (B,), ranking loss"
