@@ -92,10 +92,7 @@ def prepare(
     plan = json.loads(json.dumps(plan))                 # as it will be read back
     _only_ours(out, _partial_of(out))
     if (out/'dataset.json').exists() and not force: return _already(out, plan)
-    for split in ('train', 'valid', 'test'):
-        if not sources.get(split): raise InputError(f"{name}: the {split} split would be empty; check the split options ({options}).")
-    of_kind('workers', workers, int, 0, 256)
-    if 'total' in classes: raise InputError(f"{name}: a class cannot be called 'total', which stands for the sum of all; rename it.")
+    _check_request(name, classes, sources, options, workers)
     with locked(out.absolute().with_name(f'.{out.absolute().name}.lock'), f'the dataset {out}'):
         part = _partial(out, plan)
         if progress: estimate(out, sum(sources.values(), []), read, modalities, workers)
@@ -128,6 +125,14 @@ def estimate(
     print(f"{len(sources):,} samples: about {need['bytes']/2**20:,.0f} MB and {need['seconds']/60:.1f} minutes")
     if need['bytes'] > free: raise InputError(f"{out}: needs about {need['bytes']/2**30:.1f} GB and there are {free/2**30:.1f} GB; choose another disk with --data, or make room.")
     return need
+
+# %% ../../nbs/data/19_prepared.ipynb #2fa390da
+def _check_request(name, classes, sources, options, workers):
+    "Refuse what no dataset can come of"
+    for split in ('train', 'valid', 'test'):
+        if not sources.get(split): raise InputError(f"{name}: the {split} split would be empty; check the split options ({options}).")
+    of_kind('workers', workers, int, 0, 256)
+    if 'total' in classes: raise InputError(f"{name}: a class cannot be called 'total', which stands for the sum of all; rename it.")
 
 # %% ../../nbs/data/19_prepared.ipynb #fea4856a
 META = ('format', 'name', 'classes', 'modalities', 'source', 'options', 'counts', 'skipped', 'shards', 'sha256')

@@ -89,6 +89,6 @@ def small_text(
     width:int=64,   # features
     depth:int=1,    # transformer blocks
 ):
-    "A one-block transformer on byte-pair tokens; about 60 thousand parameters"
+    "A one-block transformer on byte-pair tokens; some 70 thousand parameters"
     tokens = Tokens(**prep) if prep else Tokens().fit(items)
     return with_prep(SmallTransformer(tokens.vocab, tokens.length, width, depth), tokens)
