@@ -462,7 +462,11 @@ def make_encoders(
         found = s.train.column(m)
         if not len(found): raise InputError(f"dataset {s.name!r}: no training sample has {m}; leave that modality out.")
         return found
-    return {m: call(encoders[name], options, mod=s.modalities[m], items=None if preps else items(m), prep=(preps or {}).get(m)) for m, (name, options) in names.items()}
+    def made(m, name, options):
+        some = None if preps else items(m)
+        try: return call(encoders[name], options, mod=s.modalities[m], items=some, prep=(preps or {}).get(m))
+        except InputError as e: raise type(e)(f"encoder {name} of {m}: {e}") from e
+    return {m: made(m, *spec) for m, spec in names.items()}
 
 # %% ../nbs/15_experiments.ipynb #da97fc1f
 def make_opt(cfg:Run):

@@ -81,6 +81,7 @@ def example(
     x = {m: p.net.encs[m].prep([item(m, mod) for _ in range(n)]) for m, mod in p.modalities.items()}
     return {m: hole(v, h) for (m, v), h in zip(x.items(), present.T)}, present
 
+# %% ../nbs/17b_export.ipynb #02489e4f
 def by_python(p:Predictor, x:dict, present)->tuple:
     "The same outputs from `predict`, which encodes nothing that is absent"
     n = len(present)
@@ -104,6 +105,7 @@ def traced(
 
 def _first(e)->str: return (str(e).strip() or 'no reason given').splitlines()[0][:160]
 
+# %% ../nbs/17b_export.ipynb #4cfb0d33
 def rule_name(rule)->str:
     "What a rule is called"
     return 'the head' if rule is None else getattr(rule, '__name__', type(rule).__name__)
@@ -115,6 +117,7 @@ def flat_inputs(x:dict, present)->dict:
     for m, v in x.items(): out |= {f'{m}.{k}': t for k, t in v.items()} if isinstance(v, dict) else {m: v}
     return {**out, 'present': present}
 
+# %% ../nbs/17b_export.ipynb #d483830a
 def described(p:Predictor)->dict:
     "What an exported graph needs to know: classes, inputs, how they are prepared"
     inputs = {k: dict(dtype=str(t.dtype).removeprefix('torch.'), shape=['batch', *t.shape[1:]]) for k, t in flat_inputs(*example(p)).items()}
@@ -133,6 +136,13 @@ def check_export(
         for name, ours, theirs in zip(('fused', 'logits', 'weights'), by_python(p, x, present), ask(x, present)):
             if not torch.allclose(ours.float(), torch.as_tensor(theirs), rtol=tol, atol=tol * max(1., float(ours.abs().max()))):
                 raise InputError(f"the exported graph answers otherwise than this net ({name} differ by {float((ours - torch.as_tensor(theirs)).abs().max()):.2g} in a batch of {n}); it was not kept.")
+
+# %% ../nbs/17b_export.ipynb #7e399ff0
+def _target(path, suffix):
+    path = Path(path)
+    if path.suffix != suffix: raise InputError(f"{path}: must end in {suffix}.")
+    if not path.parent.is_dir(): raise InputError(f"{path.parent}: there is no such folder; make it first.")
+    return path
 
 # %% ../nbs/17b_export.ipynb #de086ccb
 def export_program(
@@ -153,12 +163,6 @@ def _as_pt2(program, part, note):
     made = part.with_name(part.name + '.pt2')               # the writer insists on its suffix
     try: torch.export.save(program, made, extra_files={'mla_nb.json': note}); os.replace(made, part)
     finally: made.unlink(missing_ok=True)
-
-def _target(path, suffix):
-    path = Path(path)
-    if path.suffix != suffix: raise InputError(f"{path}: must end in {suffix}.")
-    if not path.parent.is_dir(): raise InputError(f"{path.parent}: there is no such folder; make it first.")
-    return path
 
 # %% ../nbs/17b_export.ipynb #23bf3043
 def run_onnx(

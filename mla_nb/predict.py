@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DOC', 'ANY', 'exporters', 'as_pixels', 'as_wave', 'plain_item', 'read_item', 'as_samples', 'Answer', 'rows_of',
            'ranked', 'as_dict', 'as_text', 'Predictor', 'name_of', 'verify_files', 'show_bars', 'show_weights',
-           'plot_answer', 'card', 'read_questions', 'answer_rows', 'flat', 'answer_table', 'fingerprint', 'main']
+           'plot_answer', 'card', 'read_questions', 'answer_rows', 'flat', 'fingerprint', 'answer_table', 'main']
 
 # %% ../nbs/17_predict.ipynb #4f083398
 import argparse, csv, hashlib, io, json, math, os, shutil, sys
@@ -41,6 +41,7 @@ def as_pixels(
         raise InputError(f"{name}: pixels of shape {tuple(x.shape)} are no picture; give (3,H,W), (H,W,3) or (H,W).")
     return x.expand(3, -1, -1).contiguous()
 
+# %% ../nbs/17_predict.ipynb #da503d49
 def as_wave(
     x,                  # (T,) numbers
     name:str='audio',   # what to call it in an error
@@ -72,6 +73,7 @@ def plain_item(
     if mod.form == 'image': return _as_large(source if isinstance(source, torch.Tensor) else decode_image(_bytes(source, 'image'), str(source)), mod.info.get('item'))
     raise InputError(f"{m}: this dataset does not say how files become {mod.form}; give an array of shape {mod.info.get('item')}.")
 
+# %% ../nbs/17_predict.ipynb #fdfb7c7c
 def _bytes(path, what):
     if not Path(path).is_file(): raise InputError(f"{path}: there is no such {what} file; check the path.")
     return Path(path).read_bytes()
@@ -80,6 +82,30 @@ def _as_large(x, shape):
     "Pixels in the size of training"
     if not shape or list(x.shape[-2:]) == list(shape[-2:]): return x
     return F.interpolate(x[None].float(), tuple(shape[-2:]), mode='bilinear', antialias=True)[0].round().clamp(0, 255).byte()
+
+# %% ../nbs/17_predict.ipynb #43a4e540
+def _where(m, source):
+    "The file or array itself"
+    if not isinstance(source, dict): return source
+    for k in source:
+        if k not in ('path', 'span', 'crop'): raise unknown(f'key of {m}', k, ('path', 'span', 'crop'))
+    if source.get('path') is None: raise InputError(f"{m}: there is no 'path' in {source}; give dict(path=…, span=(start, end), crop=…).")
+    try: start, end = map(float, source.get('span') or (0, 1))
+    except (TypeError, ValueError): start, end = 1, 0
+    if not 0 <= start < end: raise InputError(f"{m}: span={source['span']!r} must be (start, end) in seconds, the start first.")
+    return source['path']
+
+# %% ../nbs/17_predict.ipynb #6b1fadcc
+def _in_memory(m, x, mod, shape):
+    "An array or a picture as a tensor: a stored item, a waveform or pixels"
+    if mod.form == 'image': return as_pixels(x, m)
+    if mod.form == 'frames':
+        frames = list(x) if isinstance(x, (list, tuple)) else [*_tensor(x, m).unbind()] if _tensor(x, m).dim() == 4 else []
+        if not frames: raise InputError(f"{m}: a clip in memory is (N,3,H,W) or (N,H,W,3) uint8 pixels, or a list of pictures inside the list of samples.")
+        return torch.stack([as_pixels(f, m) for f in frames])
+    x = _tensor(x, m)
+    if mod.form == 'vector' and list(x.shape) != list(shape or ()): raise InputError(f"{m}: a vector of extracted features has shape {tuple(shape or ())}; got {tuple(x.shape)}.")
+    return _finite(x.float(), m) if mod.form in ('features', 'vector') and list(x.shape) == list(shape or ()) else as_wave(x, m)
 
 # %% ../nbs/17_predict.ipynb #bc84eed4
 def read_item(
@@ -100,29 +126,6 @@ def read_item(
     reader = getattr(datasets.get(about['run']['dataset']), 'reader', plain_item)
     item = reader(m, source, about.get('dataset', {}), replace(mod, info={'item': shape, **mod.info}), key)
     return item if isinstance(item, str) else _finite(item, what if isinstance(what, (str, Path)) else m)
-
-# %% ../nbs/17_predict.ipynb #43a4e540
-def _where(m, source):
-    "The file or array itself"
-    if not isinstance(source, dict): return source
-    for k in source:
-        if k not in ('path', 'span', 'crop'): raise unknown(f'key of {m}', k, ('path', 'span', 'crop'))
-    if source.get('path') is None: raise InputError(f"{m}: there is no 'path' in {source}; give dict(path=…, span=(start, end), crop=…).")
-    try: start, end = map(float, source.get('span') or (0, 1))
-    except (TypeError, ValueError): start, end = 1, 0
-    if not 0 <= start < end: raise InputError(f"{m}: span={source['span']!r} must be (start, end) in seconds, the start first.")
-    return source['path']
-
-def _in_memory(m, x, mod, shape):
-    "An array or a picture as a tensor: a stored item, a waveform or pixels"
-    if mod.form == 'image': return as_pixels(x, m)
-    if mod.form == 'frames':
-        frames = list(x) if isinstance(x, (list, tuple)) else [*_tensor(x, m).unbind()] if _tensor(x, m).dim() == 4 else []
-        if not frames: raise InputError(f"{m}: a clip in memory is (N,3,H,W) or (N,H,W,3) uint8 pixels, or a list of pictures inside the list of samples.")
-        return torch.stack([as_pixels(f, m) for f in frames])
-    x = _tensor(x, m)
-    if mod.form == 'vector' and list(x.shape) != list(shape or ()): raise InputError(f"{m}: a vector of extracted features has shape {tuple(shape or ())}; got {tuple(x.shape)}.")
-    return _finite(x.float(), m) if mod.form in ('features', 'vector') and list(x.shape) == list(shape or ()) else as_wave(x, m)
 
 # %% ../nbs/17_predict.ipynb #62ab4bc4
 def as_samples(
@@ -183,6 +186,7 @@ def rows_of(
     return replace(p, logits=p.logits[:, rows], fused=p.fused[rows], weights=None if p.weights is None else p.weights[:, rows],
                    present=p.present[:, rows], y=p.y[rows], idx=p.idx[rows])
 
+# %% ../nbs/17_predict.ipynb #d4e04979
 def ranked(
     p,              # (C,) probabilities
     classes:list,
@@ -204,6 +208,7 @@ def as_dict(
     return dict(id=a.ids[0], answer=a.names[0], probability=round(float(a.probs.max()), 6), entropy=round(float(a.entropies['fused']), 6),
                 probabilities=probs(a.probs[0]), modalities=mods)
 
+# %% ../nbs/17_predict.ipynb #25e604ee
 def as_text(
     a:Answer,           # about one sample
     top:int=3,
@@ -274,6 +279,7 @@ def _predict(self, ids=None, batch_size:int=32, keep:bool=True, **sources)->Answ
         if keep: items += some
     return Answer(self.classes, Pred.cat(parts), ids, items, self.modalities, many)
 
+# %% ../nbs/17_predict.ipynb #a5f6277c
 def name_of(sample:dict, i:int=0)->str:
     "A sample's name: that of its first file, or its number"
     files = [str(w) for m, v in sample.items() for w in [_where(m, v)] if isinstance(w, Path) or isinstance(w, str) and m != 'text']
@@ -300,6 +306,7 @@ def show_bars(ax, p, order:list, classes:list, color, title:str):
     ax.set(xlim=(0, 1), title=title, xticks=[0, 1]); ax.set_yticks(range(len(order)), [classes[k] for k in order], fontsize=8)
     ax.invert_yaxis(); ax.title.set_fontsize(8)
 
+# %% ../nbs/17_predict.ipynb #550304ae
 def show_weights(ax, a:Answer):
     "How much every modality counts; nothing where the head decides"
     ax.set(title='weights' if a.weights else 'the head decides', ylim=(0, 1)); ax.title.set_fontsize(10)
@@ -365,6 +372,30 @@ def _save(self, folder)->Path:
 
 Predictor.save = _save
 
+# %% ../nbs/17_predict.ipynb #b7f7e17f
+def _table(path):
+    "(line, {column: cell}) of a CSV with commas, semicolons or tabs"
+    if not path.is_file(): raise InputError(f"{path}: there is no such table; give a CSV with a header.")
+    try: text = path.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError: raise InputError(f"{path}: is not UTF-8; save the table as CSV in UTF-8.") from None
+    lines = csv.reader(io.StringIO(text, newline=''), delimiter=max(',;\t', key=text.split('\n', 1)[0].count), strict=True)
+    try: head, *rest = [(lines.line_num, r) for r in lines if any(c.strip() for c in r)] or [(0, [])]
+    except csv.Error as e: raise InputError(f"{path}, line {lines.line_num}: not a line of a table ({e}); look for a quote that is never closed.") from None
+    head = [h.strip().lower() for h in head[1]]
+    if not rest: raise InputError(f"{path}: the table is empty; expected a header and one sample per line.")
+    if len(set(head)) < len(head): raise InputError(f"{path}: the column {next(h for h in head if head.count(h) > 1)!r} is there more than once.")
+    for k, r in rest:
+        if len(r) != len(head): raise InputError(f"{path}, line {k}: {len(r)} cells, but the header names {len(head)}; put quotes around text that holds the separator.")
+    return [(k, dict(zip(head, (c.strip() for c in r)))) for k, r in rest]
+
+# %% ../nbs/17_predict.ipynb #49fb8c44
+def _question(path, k, n, cells, mods):
+    "One row: what is empty is absent"
+    if 'id' in cells and not cells['id']: raise InputError(f"{path}, line {k}: there is no id; fill in all of that column, or remove it.")
+    sources = {m: cells[m] if mod.kind == 'text' else str(path.parent/cells[m]) for m, mod in mods.items() if cells.get(m)}
+    if cells.get('text_file'): sources['text'] = path.parent/cells['text_file']
+    return dict(id=cells.get('id') or str(n), key=cells.get('id') or name_of(sources), label=cells.get('label', ''), sources=sources)
+
 # %% ../nbs/17_predict.ipynb #08cde616
 def read_questions(
     path,           # a CSV with a header
@@ -384,29 +415,6 @@ def read_questions(
     if odd: raise unknown(f'label ({path}, line {odd[0][1]}) for this model', odd[0][0], classes)
     return rows
 
-# %% ../nbs/17_predict.ipynb #b7f7e17f
-def _table(path):
-    "(line, {column: cell}) of a CSV with commas, semicolons or tabs"
-    if not path.is_file(): raise InputError(f"{path}: there is no such table; give a CSV with a header.")
-    try: text = path.read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError: raise InputError(f"{path}: is not UTF-8; save the table as CSV in UTF-8.") from None
-    lines = csv.reader(io.StringIO(text, newline=''), delimiter=max(',;\t', key=text.split('\n', 1)[0].count), strict=True)
-    try: head, *rest = [(lines.line_num, r) for r in lines if any(c.strip() for c in r)] or [(0, [])]
-    except csv.Error as e: raise InputError(f"{path}, line {lines.line_num}: not a line of a table ({e}); look for a quote that is never closed.") from None
-    head = [h.strip().lower() for h in head[1]]
-    if not rest: raise InputError(f"{path}: the table is empty; expected a header and one sample per line.")
-    if len(set(head)) < len(head): raise InputError(f"{path}: the column {next(h for h in head if head.count(h) > 1)!r} is there more than once.")
-    for k, r in rest:
-        if len(r) != len(head): raise InputError(f"{path}, line {k}: {len(r)} cells, but the header names {len(head)}; put quotes around text that holds the separator.")
-    return [(k, dict(zip(head, (c.strip() for c in r)))) for k, r in rest]
-
-def _question(path, k, n, cells, mods):
-    "One row: what is empty is absent"
-    if 'id' in cells and not cells['id']: raise InputError(f"{path}, line {k}: there is no id; fill in all of that column, or remove it.")
-    sources = {m: cells[m] if mod.kind == 'text' else str(path.parent/cells[m]) for m, mod in mods.items() if cells.get(m)}
-    if cells.get('text_file'): sources['text'] = path.parent/cells['text_file']
-    return dict(id=cells.get('id') or str(n), key=cells.get('id') or name_of(sources), label=cells.get('label', ''), sources=sources)
-
 # %% ../nbs/17_predict.ipynb #e145df56
 def answer_rows(
     p:Predictor,
@@ -424,10 +432,47 @@ def answer_rows(
         out |= {r['id']: dict(id=r['id'], label=r['label'], **flat(as_dict(a[i]))) for i, (r, _) in enumerate(read)}
     return [out[r['id']] for r in rows]
 
+# %% ../nbs/17_predict.ipynb #8ad8eac5
 def flat(d:dict)->dict:
     "An answer as the cells of a table"
     per = {f'{k}_{m}': v[k] for m, v in d['modalities'].items() for k in ('weight', 'entropy') if k in v}
     return dict(answer=d['answer'], probability=d['probability'], **per, **{f'p({c})': v for c, v in d['probabilities'].items()}, reason='')
+
+# %% ../nbs/17_predict.ipynb #c77e2c18
+def fingerprint(p:Predictor)->str:
+    "Which model is this? Weights, classes and modalities decide, not the folder"
+    h = hashlib.sha256(json.dumps([p.classes, p.about['modalities'], p.about['run']], sort_keys=True).encode())
+    for k, v in sorted(p.net.state_dict().items()): h.update(k.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+# %% ../nbs/17_predict.ipynb #3df63656
+def _stamp(v, mod):
+    "A text, or which version of a file this is: whoever mends one wants to ask again"
+    if mod.kind == 'text' and isinstance(v, str): return v
+    try: s = os.stat(v); return [str(v), s.st_size, s.st_mtime_ns]
+    except OSError: return [str(v)]
+
+# %% ../nbs/17_predict.ipynb #4e4c020c
+def _finished(plan, out, part, done):
+    "What was said about this very table by this very model, if it is all there"
+    if not (out.exists() and done.exists()): return None
+    old = read_json(done, todo=f'remove {out} and {done}, or choose another --out')
+    if any(old.get(k) != v for k, v in plan.items()): return None
+    _clear(part)
+    return old['summary']
+
+# %% ../nbs/17_predict.ipynb #a872f45c
+def _ours(plan, out, part, done):
+    "The shards' folder, new or ours; anything else is refused"
+    file, other = part/'plan.json', 'belongs to another run or table, or to files that have changed since; choose another --out, or remove it'
+    if not out.parent.is_dir(): raise InputError(f"{out.parent}: there is no such folder; make it, or choose another --out.")
+    if part.exists() and any(not f.name.endswith('.part') for f in part.iterdir()):
+        if not file.is_file() or read_json(file, todo=f'remove {part}') != plan: raise InputError(f"{part} {other}.")
+        return
+    for f in (out, done):
+        if f.exists() and not (f == done and 'summary' in read_json(f, todo='remove it, or choose another --out')): raise InputError(f"{f} is there already, and {other}.")
+    part.mkdir(exist_ok=True)
+    write_atomic(file, json.dumps(plan))
 
 # %% ../nbs/17_predict.ipynb #a18cc7de
 def answer_table(
@@ -453,39 +498,6 @@ def answer_table(
             bar.update(len(some))
     return _write_table(p, plan, [have[r['id']] for r in rows], out, part, done)
 
-# %% ../nbs/17_predict.ipynb #c77e2c18
-def fingerprint(p:Predictor)->str:
-    "Which model is this? Weights, classes and modalities decide, not the folder"
-    h = hashlib.sha256(json.dumps([p.classes, p.about['modalities'], p.about['run']], sort_keys=True).encode())
-    for k, v in sorted(p.net.state_dict().items()): h.update(k.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
-
-def _stamp(v, mod):
-    "A text, or which version of a file this is: whoever mends one wants to ask again"
-    if mod.kind == 'text' and isinstance(v, str): return v
-    try: s = os.stat(v); return [str(v), s.st_size, s.st_mtime_ns]
-    except OSError: return [str(v)]
-
-def _finished(plan, out, part, done):
-    "What was said about this very table by this very model, if it is all there"
-    if not (out.exists() and done.exists()): return None
-    old = read_json(done, todo=f'remove {out} and {done}, or choose another --out')
-    if any(old.get(k) != v for k, v in plan.items()): return None
-    _clear(part)
-    return old['summary']
-
-def _ours(plan, out, part, done):
-    "The shards' folder, new or ours; anything else is refused"
-    file, other = part/'plan.json', 'belongs to another run or table, or to files that have changed since; choose another --out, or remove it'
-    if not out.parent.is_dir(): raise InputError(f"{out.parent}: there is no such folder; make it, or choose another --out.")
-    if part.exists() and any(not f.name.endswith('.part') for f in part.iterdir()):
-        if not file.is_file() or read_json(file, todo=f'remove {part}') != plan: raise InputError(f"{part} {other}.")
-        return
-    for f in (out, done):
-        if f.exists() and not (f == done and 'summary' in read_json(f, todo='remove it, or choose another --out')): raise InputError(f"{f} is there already, and {other}.")
-    part.mkdir(exist_ok=True)
-    write_atomic(file, json.dumps(plan))
-
 # %% ../nbs/17_predict.ipynb #f8703e96
 def _write_table(p, plan, rows, out, part, done):
     "All shards as one CSV, with a summary beside it"
@@ -502,6 +514,7 @@ def _write_table(p, plan, rows, out, part, done):
     _clear(part)
     return summary
 
+# %% ../nbs/17_predict.ipynb #b7a836cf
 def _clear(part):
     "Remove our shards, and nothing else"
     if not part.is_dir(): return
@@ -556,15 +569,25 @@ def _draw(found, a):
     fig = plot_answer(found, a.top or 6)
     fig.savefig(a.plot, dpi=120); plt.close(fig)
 
+# %% ../nbs/17_predict.ipynb #fe787ee4
 def _about_table(p, a):
     "Answer a table, and say how it went"
-    r = answer_table(p, a.csv, a.out, of_kind('--batch_size', a.batch_size, int, 1))
+    r = answer_table(p, a.csv, a.out, a.batch_size)
     print(f"{a.out}: {r['answered']} of {r['rows']} rows answered" + (f", accuracy {100 * r['accuracy']:.1f}% over {r['labelled']} labels" if r['labelled'] else ''))
     if r['reason']: print(f"the others say why in the column 'reason'; the first: {r['reason']}")
 
+# %% ../nbs/17_predict.ipynb #070a0556
 exporters = Registry('kind of export')      # suffix -> function(predictor, path); chapter 17b fills it
 
 def _write_graph(p, path): print(f'exported: {exporters[Path(path).suffix](p, path)}')
+
+# %% ../nbs/17_predict.ipynb #df0a940f
+def _check_flags(a, sources):
+    "Flags that do not go together"
+    of_kind('--batch_size', a.batch_size, int, 1)
+    if a.csv and (sources or not a.out): raise InputError("--csv needs --out FILE, and no files beside it; ask about single files in a call of their own.")
+    if a.csv and (a.json or a.plot or a.top): raise InputError("--json, --plot and --top are about one sample; the table of --out holds everything.")
+    if a.out and not a.csv: raise InputError("--out goes with --csv; for one sample use --json or --plot.")
 
 # %% ../nbs/17_predict.ipynb #1bec411d
 def _main(argv):
@@ -578,14 +601,13 @@ def _main(argv):
     p.to(a.device)
     sources = {m: v for m, v in vars(a).items() if m in p.modalities and v is not None}
     if getattr(a, 'text_file', None): sources['text'] = Path(a.text_file)
-    if a.csv and (sources or not a.out): raise InputError("--csv needs --out FILE, and no files beside it; ask about single files in a call of their own.")
-    if a.csv and (a.json or a.plot or a.top): raise InputError("--json, --plot and --top are about one sample; the table of --out holds everything.")
-    if a.out and not a.csv: raise InputError("--out goes with --csv; for one sample use --json or --plot.")
+    _check_flags(a, sources)
     if a.save: print(f'saved: {p.save(a.save)}')
     if a.export: _write_graph(p, a.export)
     if a.csv: _about_table(p, a)
     elif sources or not (a.save or a.export): _about_one(p, a, sources)
 
+# %% ../nbs/17_predict.ipynb #51b701f3
 def main(argv=None):
     "Entry point of `mla_predict`"
     try: _main(list(sys.argv[1:] if argv is None else argv))

@@ -59,6 +59,7 @@ SLOTS = dict(av=dict(audio='audio_net', video='visual_net'), cav=dict(audio='mae
 HEADS = dict(gs='one head shared by all modalities (MLA)', concat='one head on concatenated features', sum='one head per modality, logits added', qmf='one head per modality, logits weighted by confidence')
 OWN_HEADS = ('audio_fc', 'visual_fc', 'txtual_fc')      # of QMF, by slot
 
+# %% ../nbs/17c_released.ipynb #9730c44d
 def _head_shapes(head:str, widths:list, classes:int)->dict:
     "Names and shapes of a released head"
     if head not in HEADS: raise unknown('head', head, HEADS)
@@ -67,6 +68,7 @@ def _head_shapes(head:str, widths:list, classes:int)->dict:
     both = _linear('fusion_module.fc_out', classes, sum(widths))
     return both if head == 'concat' else _both(both, *(_linear(name, classes, w) for name, w in zip(OWN_HEADS, widths)))
 
+# %% ../nbs/17c_released.ipynb #c70287b9
 def released_shapes(
     model:str,          # of `SLOTS`
     head:str,           # of `HEADS`
@@ -120,6 +122,7 @@ def _shape(part, name, where):
     if name not in part: raise InputError(f"{where}: {name} is missing, so the encoder's size is not known; the file is damaged, fetch it again.")
     return part[name].shape
 
+# %% ../nbs/17c_released.ipynb #515271e3
 def _depth(names, width):
     "Blocks of an encoder; of a published width as many as were published, so that a lost one is missed"
     found = 1 + max((int(m[1]) for k in names if (m := re.match(r'body\.blocks\.(\d+)\.', k))), default=0)
@@ -130,6 +133,7 @@ def _as_resnet(part, m, heads, where):
     "A ResNet-18, whose names are torchvision's"
     return resnet18_trunk(1 if m == 'audio' else 3), {k: k for k in part}
 
+# %% ../nbs/17c_released.ipynb #56d9c823
 def _as_m3ae(part, m, heads, where):
     "An M3AE of this size"
     names, reads, other = ({renamed(k, M3AE_NAMES): k for k in part}, *(('text', ('patches', 'type_image')) if m == 'text' else ('image', ('tokens', 'type_text'))))
@@ -137,6 +141,7 @@ def _as_m3ae(part, m, heads, where):
     patch = math.isqrt(_shape(part, 'image_embedding.weight', where)[-1] // 3)
     return M3AE(w, _depth(names, w), heads or max(1, w // 64), (reads,), vocab, patch, pool='all'), {k: v for k, v in names.items() if k.split('.')[0] not in other}
 
+# %% ../nbs/17c_released.ipynb #8cb61782
 def _as_cavmae(part, m, heads, where):
     "One path of a CAV-MAE of this size"
     side, channels = ('a', 1) if m == 'audio' else ('v', 3)
@@ -144,6 +149,7 @@ def _as_cavmae(part, m, heads, where):
     rows = 8 if side == 'a' else math.isqrt(n)
     return CAVMAE(w, _depth(names, w), heads or max(1, w // 64), channels, (rows, n // rows)), names
 
+# %% ../nbs/17c_released.ipynb #03df8ff8
 def as_ours(part:dict, m:str, heads=None, where='this file')->tuple:
     "An encoder of ours for a slot, and where each of its weights is found: our name -> their name"
     make = _as_resnet if 'conv1.weight' in part else _as_cavmae if any(k.startswith('blocks_') for k in part) else _as_m3ae
@@ -156,6 +162,7 @@ class NoWords(Tokens):
     "Stands for a dictionary that is not there"
     def __call__(self, texts): raise InputError("this checkpoint does not hold the dictionary it was trained with (BERT's, uncased); give its vocab.txt or tokenizer.json as tokenizer=….")
 
+# %% ../nbs/17c_released.ipynb #f963f844
 IMAGENET = dict(mean=(.485, .456, .406), std=(.229, .224, .225))
 
 def released_prep(model:str, m:str, enc, tokenizer:str=''):
@@ -171,6 +178,7 @@ def head_state(state:dict, head:str, mods)->dict:
                qmf={f'out.{m}': name for m, name in zip(mods, OWN_HEADS)})[head]
     return {f'{new}.{w}': f'{k}.{w}' for new, k in old.items() for w in ('weight', 'bias') if f'{k}.{w}' in state}
 
+# %% ../nbs/17c_released.ipynb #1dc72ea4
 def released_method(head:str, model:str, rule='entropy')->Method:
     "The method of ours that trains such a head"
     if head == 'gs': return mla(rule)
@@ -199,6 +207,7 @@ def load_released(
     idle = _put(net, state, names, path)
     return net.eval(), method, dict(model=model, head=head, classes=net.head.classes, likely=LIKELY.get((model, net.head.classes)), modalities=list(encs), idle=idle)
 
+# %% ../nbs/17c_released.ipynb #a85c7e59
 def _put(net, state, names, path):
     "Fill the net; returns the names of what it has no use for"
     rest = sorted(set(state) - set(names.values()))

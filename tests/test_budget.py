@@ -11,8 +11,6 @@ from conftest import ROOT
 CHAPTERS = sorted((p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if "experiments" not in p.parts and ".ipynb_checkpoints" not in p.parts), key=lambda p: p.name)
 LIMITS = dict(median=4, longest=30, plots=4, asserted=.6, demonstrated=1.)
 EXCEPTIONS = {      # chapter -> limit -> (how far it may be broken, why)
-    "04b": dict(median=(8, "two transformers from scratch, and dictionaries of names: half of the cells are definitions")),
-    "04c": dict(median=(6, "half of the cells are definitions, one per kind of model")),
     "06b": dict(median=(5, "half of the cells are the methods of a team")),
     "15": dict(longest=(39, "Run is a table: one line for every field")),
     "18": dict(median=(5, "measurements need a few lines each")),

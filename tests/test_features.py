@@ -14,7 +14,7 @@ import torch
 
 from conftest import ROOT
 from mla_nb.core import InputError, Modality, call, check_dataset, check_encoder, datasets, discover, encoders, set_seed
-from mla_nb.data.features import MLP, Extractor, Vectors, chosen, extract, extract_main, weights_of
+from mla_nb.data.features import MLP, Extractor, Vectors, _parser, chosen, extract, extract_main, weights_of
 from mla_nb.data.prepared import load_prepared, pack, prepare, unpack
 from mla_nb.encoders.visual import encode_image
 from mla_nb.experiments import Run, encoder_names, load_pred, load_run, make_encoders, run, show_samples
@@ -210,6 +210,14 @@ def test_wrong_arguments_are_one_sentence(mine, done):
     assert "variant='../x'" in cli("--dataset", "iemocap", "--variant", "../x", "--encoder", "small")
     assert "so we did not make it" in cli(*tiny, "--encoder", "small", "--out", ".")
     with pytest.raises(SystemExit): extract_main("doc", ["--encode", "small"])
+
+
+def test_help_names_every_default(capsys):
+    with pytest.raises(SystemExit): extract_main("doc", ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "samples at once (default: 64)" in said and "(default: none; this or --run is needed)" in said
+    for a in _parser("")._actions:              # switches are off, and names are empty, without a word
+        assert a.nargs == 0 or a.dest in ("dataset", "variant") or "(default: " in a.help, a.dest
 
 
 def test_features_and_other_encoders_do_not_mix(done):

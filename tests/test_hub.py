@@ -257,8 +257,8 @@ def test_no_network_is_one_sentence(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: (_ for _ in ()).throw(OSError("no network")))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: (_ for _ in ()).throw(socket.gaierror("no network")))
     for name in ("no-such-organisation/no-such-model", "not a name"):
-        with pytest.raises(InputError, match=r"no such folder, it is not in the cache.*give its folder, as in hf:DIR"): hub_folder(name)
-    with pytest.raises(InputError, match="timm/resnet18"): make("timm_visual", "image", "resnet18")
+        with pytest.raises(InputError, match=r"no such folder, it is not in the cache.*give its folder in place of the name"): hub_folder(name)
+    with pytest.raises(InputError, match=r"timm/resnet18.*give its folder in place of the name"): make("timm_visual", "image", "resnet18")
     with pytest.raises(InputError, match="needs a model: hf:NAME"): make("hf_text", "text")
     with pytest.raises(InputError, match="needs a model: timm:NAME"): make("timm_visual", "image")
     with pytest.raises(InputError, match="did you mean 'resnet50"): make("timm_visual", "image", "resnet5o")

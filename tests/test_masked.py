@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from mla_nb.core import InputError, Modality, call, encoders
-from mla_nb.data.synthetic import faces, sentences, voices
+from mla_nb.data.synthetic import faces, sentences, synthetic, voices
 from mla_nb.encoders.masked import (CAVMAE, M3AE, POOLS, SIZES, Bands, Body, band_prep, fill, load_arrays, load_cavmae, load_m3ae, load_tensors, load_tokenizer,
                                     of_size, one_path, partly_frozen, patch_prep, patchify, regrid, sincos, table)
-from mla_nb.experiments import Run, encoder_names, load_run, run
+from mla_nb.experiments import Run, encoder_names, load_run, make_encoders, run
 from mla_nb.learner import predict
 
 TINY = of_size("tiny")
@@ -111,6 +111,12 @@ MAKE = {"m3ae_text": (TEXT, WORDS), "m3ae_visual": (IMAGE, FACES), "cavmae_visua
 def test_wrong_options(name, options, says):
     mod, items = MAKE[name]
     with pytest.raises(InputError, match=says): call(encoders[name], {"size": "tiny", **options}, mod=mod, items=items)
+
+
+def test_an_error_names_encoder_and_modality():
+    "Of three encoders, which one was it?"
+    s = synthetic("balanced", n_train=12, n_valid=6, n_test=6)
+    with pytest.raises(InputError, match=r"^encoder m3ae_visual of visual: unknown size 'huge'.*tiny"): make_encoders(encoder_names("audio=small,visual=m3ae(size=huge),text=small", s.modalities), s)
 
 
 @pytest.mark.parametrize("name", MAKE)

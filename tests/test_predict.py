@@ -458,6 +458,7 @@ def test_command_mistakes(moods, files):
     assert "--out FILE" in says(r, "--csv", "t.csv") and "--out FILE" in says(r, "--csv", "t.csv", "--out", "o.csv", "--text", "x")
     assert "about one sample" in says(r, "--csv", "t.csv", "--out", "o.csv", "--json")
     assert "--out goes with --csv" in says(r, "--text", "x", "--out", "o.csv")
+    assert says(r, "--text", "x", "--batch_size", "0").startswith("mla_predict: --batch_size=0: must be a whole number, at least 1")
     assert "kind of picture" in says(r, "--text", "x", "--plot", "why.docx")
     assert "kind of export" in says(r, "--export", "m.pth")
     assert "at least 1" in says(r, "--text", "x", "--top", "0") and "invalid int" in says(r, "--text", "x", "--top", "x")

@@ -112,6 +112,7 @@ def chosen(
     set_seed(seed)
     return make_encoders(encoder_names(encoder, s.modalities), s)
 
+# %% ../../nbs/data/26_features.ipynb #641cb45e
 def _trained(s, folder):
     net, _, about = load_run(folder)
     for m in net.encs:
@@ -126,6 +127,7 @@ def _trained(s, folder):
 def _sources(s):
     return {k: [dict(id=name, split=k, row=i, y=s.classes[int(y)]) for i, (name, y) in enumerate(zip(part.ids, part.y))] for k, part in s.parts.items()}
 
+# %% ../../nbs/data/26_features.ipynb #f2518078
 def _say_random(weights, progress):
     blind = [m for m, w in weights.items() if w['source'] == 'random']
     if blind and progress: print(f"note: the encoders of {', '.join(blind)} have RANDOM weights; what is learned from such features says nothing about a pretrained encoder")
@@ -164,13 +166,13 @@ def _parser(doc):
     p.add_argument('--data', default='data', metavar='DIR', help='a prepared dataset, or with --dataset the folder in which they live (default: data)')
     p.add_argument('--dataset', default='', metavar='NAME', help='which one, e.g. iemocap')
     p.add_argument('--variant', default='', metavar='NAME', help='which variant of it, e.g. miniature')
-    p.add_argument('--encoder', default='', metavar='SPEC', help="as in mla_run, e.g. hf:openai/clip-vit-base-patch32 or 'audio=…,image=…'")
-    p.add_argument('--run', default='', metavar='DIR', help='instead: the trained encoders of a finished run')
+    p.add_argument('--encoder', default='', metavar='SPEC', help="as in mla_run, e.g. hf:openai/clip-vit-base-patch32 or 'audio=…,image=…' (default: none; this or --run is needed)")
+    p.add_argument('--run', default='', metavar='DIR', help='instead: the trained encoders of a finished run (default: none)')
     p.add_argument('--out', metavar='DIR', help='folder to make (default: that of the dataset, with -features; iemocap-miniature-features is variant=miniature-features)')
-    p.add_argument('--batch_size', type=int, default=64, metavar='N')
+    p.add_argument('--batch_size', type=int, default=64, metavar='N', help='samples at once (default: 64)')
     p.add_argument('--precision', default='no', metavar='HOW', help="'no' or 'bf16' (default: no)")
     p.add_argument('--device', default='auto', metavar='WHERE', help="'auto' (a GPU where there is one) or 'cpu' (default: auto)")
-    p.add_argument('--seed', type=int, default=0, metavar='N', help='of random weights')
+    p.add_argument('--seed', type=int, default=0, metavar='N', help='of random weights (default: 0)')
     p.add_argument('--force', action='store_true', help='replace features that were made differently')
     return p
 

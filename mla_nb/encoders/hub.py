@@ -40,9 +40,10 @@ def hub_folder(
     try: found = Path(fetch())
     except Exception as e:                              # a download can fail in any way
         raise InputError(f"model {model!r}: there is no such folder, it is not in the cache of the Hugging Face hub, and it cannot be fetched ({type(e).__name__}); "
-                         "check the name and the network (and HF_HUB_OFFLINE), or fetch it on another machine and give its folder, as in hf:DIR.") from None
+                         "check the name and the network (and HF_HUB_OFFLINE), or fetch it on another machine and give its folder in place of the name.") from None
     return _whole(found, weights)
 
+# %% ../../nbs/04c_hub.ipynb #b1f8d749
 def _whole(folder, weights):
     if not (folder/'config.json').is_file(): raise InputError(f"{folder} holds no config.json, so it is not the folder of a model; give one that save_pretrained has made.")
     if weights and not any(folder.glob('*.safetensors')):
@@ -88,6 +89,7 @@ def portable(cfg)->dict:
     "A config as plain values: enough to build the architecture again, and nothing that would have to be looked up"
     return {k: v for k, v in json.loads(cfg.to_json_string(use_diff=False)).items() if k not in TIED and not k.startswith('_')}
 
+# %% ../../nbs/04c_hub.ipynb #01b5d5a8
 def rebuilt(config:dict):
     "The config of a stored architecture"
     from transformers import AutoConfig
@@ -101,6 +103,7 @@ def _model_class(cfg):
     found = t.MODEL_MAPPING[type(cfg)] if type(cfg) in t.MODEL_MAPPING else getattr(t, type(cfg).__name__.replace('Config', 'Model'))
     return found[0] if isinstance(found, tuple) else found
 
+# %% ../../nbs/04c_hub.ipynb #35bb74d2
 def hf_net(
     folder,             # of the model, or None for random weights
     cfg,                # of the architecture
@@ -115,6 +118,7 @@ def hf_net(
         if lost: raise InputError(f"{folder} lacks {len(lost)} weights, which would be random; the first: {sorted(lost)[0]}; give a checkpoint that has them" + (", or another pool." if pool == 'pooler' else '.'))
     return net.get_encoder() if getattr(cfg, 'is_encoder_decoder', False) else net
 
+# %% ../../nbs/04c_hub.ipynb #19122cec
 def _checkpointing(net):
     if not net.supports_gradient_checkpointing: raise InputError("checkpoint=True: this model cannot recompute its activations; leave that out.")
     getattr(net, 'activation_checkpointing_enable', net.gradient_checkpointing_enable)()
@@ -148,6 +152,7 @@ def blocks_of(net)->list:
     name = max(lists, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
     return [f'{name}.{i}.' for i in range(len(lists[name]))]
 
+# %% ../../nbs/04c_hub.ipynb #02a2c4a3
 def freeze(
     net,                # a backbone, whose parameters are in the order of computation
     blocks:list,        # how the names of each block's parameters begin
@@ -298,13 +303,7 @@ def hub_pixels(folder)->HubPixels:
     if getattr(p, 'crop_pct', None) and edge and edge < 384: edge = round(edge / p.crop_pct)       # ConvNeXt keeps the share instead
     return HubPixels(side, tuple(p.image_mean), tuple(p.image_std), edge, 'bilinear' if int(p.resample) == 2 else 'bicubic')
 
-# %% ../../nbs/04c_hub.ipynb #5d2da5f4
-@encoders
-def hf_visual(mod:Modality, items=None, prep=None, model:str='', pretrained:bool=True, train_last:int=-1, checkpoint:bool=False, pool:str='mean', config=None):
-    "An image backbone of transformers by hub name or folder, on images or frames, e.g. image=hf:google/vit-base-patch16-224"
-    enc, folder = backbone('visual', model, pretrained, train_last, checkpoint, pool, config)
-    return _over_frames(enc, HubPixels(**prep) if prep else _hub_pixels_of(folder, model))
-
+# %% ../../nbs/04c_hub.ipynb #e461033d
 def _hub_pixels_of(folder, model):
     "`hub_pixels`, in a sentence if it fails"
     with _reading(model): return hub_pixels(folder)
@@ -314,12 +313,20 @@ def _over_frames(enc, prep):
     over.recipe, over.weights = enc.recipe, enc.weights
     return with_prep(over, prep)
 
+# %% ../../nbs/04c_hub.ipynb #5d2da5f4
+@encoders
+def hf_visual(mod:Modality, items=None, prep=None, model:str='', pretrained:bool=True, train_last:int=-1, checkpoint:bool=False, pool:str='mean', config=None):
+    "An image backbone of transformers by hub name or folder, on images or frames, e.g. image=hf:google/vit-base-patch16-224"
+    enc, folder = backbone('visual', model, pretrained, train_last, checkpoint, pool, config)
+    return _over_frames(enc, HubPixels(**prep) if prep else _hub_pixels_of(folder, model))
+
 # %% ../../nbs/04c_hub.ipynb #510c7230
 def _as_rate(wave, rate, wanted):
     if rate == wanted: return torch.as_tensor(wave)
     from torchaudio.functional import resample
     return resample(torch.as_tensor(wave), rate, wanted)
 
+# %% ../../nbs/04c_hub.ipynb #7a221f1c
 @dataclass
 class HubFbank:
     "Filter banks (rows,bins), or waveforms from which they are made -> (B,rows,bins) as a model wants them"
@@ -360,20 +367,32 @@ def hub_sound(folder, cfg, mod:Modality, items, model:str):
     raise InputError(f"model {model!r} reads waveforms, and this dataset stores {_stored(mod)}; take a model that reads filter banks (hf:MIT/ast-finetuned-audioset-10-10-0.4593) "
                      "on a dataset prepared with --audio fbank, or a dataset of waveforms (digits).")
 
+# %% ../../nbs/04c_hub.ipynb #d604102f
 def _for_banks(p, cfg, mod, rate, model):
     rows, bins = cfg.max_length, cfg.num_mel_bins
     if mod.form == 'features' and (list(mod.info.get('shape', [rows, bins])) != [rows, bins] or mod.info.get('feature', 'fbank') != 'fbank'):
         raise InputError(f"model {model!r} reads filter banks of {rows} frames and {bins} bins, and this dataset stores {_stored(mod)}; prepare the dataset again with --audio fbank" + ("." if (rows, bins) == (1024, 128) else ", for a model with 1024 frames and 128 bins."))
     return HubFbank(p['mean'], p['std'], rows, bins, rate if mod.form == 'wave' else 0)
 
+# %% ../../nbs/04c_hub.ipynb #c09c165e
 def _stored(mod): return ' '.join(filter(None, [mod.info.get('feature', mod.form), ' × '.join(map(str, mod.info.get('shape', [])))]))
 
+# %% ../../nbs/04c_hub.ipynb #e1ee6f95
 @encoders
 def hf_audio(mod:Modality, items=None, prep=None, model:str='', pretrained:bool=True, train_last:int=-1, checkpoint:bool=False, pool:str='mean', config=None):
     "An audio backbone of transformers by hub name or folder: AST on filter banks, wav2vec 2.0 and its like on waveforms"
     enc, folder = backbone('audio', model, pretrained, train_last, checkpoint, pool, config)
     if prep: return with_prep(enc, (HubFbank if 'bins' in prep else HubWave)(**prep))
     with _reading(model): return with_prep(enc, hub_sound(folder, enc.cfg, mod, items, model))
+
+# %% ../../nbs/04c_hub.ipynb #490bc8fa
+def _timm_files(model, pretrained):
+    "(folder with the weights or None, what its config.json says)"
+    import timm
+    if Path(model).is_dir(): return hub_folder(model, pretrained), read_json(Path(model)/'config.json', ['architecture'], 'save the model again with timm.models.save_for_hf')
+    if timm.is_model(model): return hub_folder(timm.get_pretrained_cfg(model).hf_hub_id, True) if pretrained else None, dict(architecture=model)
+    near = nearest(model, timm.list_models())
+    raise InputError(f"timm:{model}: there is no such model or folder" + (f"; did you mean {near!r}?" if near else ';') + " Give a name (timm.list_models() lists them) or a folder made by timm.models.save_for_hf.")
 
 # %% ../../nbs/04c_hub.ipynb #22069b0b
 ARGS = ('num_classes', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')      # never taken from a file
@@ -385,12 +404,7 @@ def timm_net(
 ):
     "An image model of timm without its classifier"
     import timm
-    from timm.models import get_pretrained_cfg
-    if Path(model).is_dir(): folder, about = hub_folder(model, pretrained), read_json(Path(model)/'config.json', ['architecture'], 'save the model again with timm.models.save_for_hf')
-    elif not timm.is_model(model):
-        near = nearest(model, timm.list_models())
-        raise InputError(f"timm:{model}: there is no such model or folder" + (f"; did you mean {near!r}?" if near else ';') + " Give a name (timm.list_models() lists them) or a folder made by timm.models.save_for_hf.")
-    else: folder, about = hub_folder(get_pretrained_cfg(model).hf_hub_id, True) if pretrained else None, dict(architecture=model)
+    folder, about = _timm_files(model, pretrained)
     args = {k: v for k, v in {**about.get('model_args', {}), **args}.items() if k not in ARGS}
     over = {**about.get('pretrained_cfg', {}), **(dict(file=str(next(folder.glob('*.safetensors')))) if pretrained else {})}
     net = timm.create_model(about['architecture'], pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=over, **args)

@@ -105,6 +105,7 @@ def of_size(name:str)->dict:
     if name not in SIZES: raise unknown('size', name, SIZES)
     return SIZES[name]
 
+# %% ../../nbs/04b_masked.ipynb #7675ab85
 def start(net):
     "First weights: linear layers after Glorot, type and class vectors small"
     for m in net.modules():
@@ -216,6 +217,7 @@ class Bands(Standardise):
         if x.shape[1] < self.shape[0] or x.shape[2] < self.shape[1]: raise InputError(f"a sound of {tuple(x.shape[1:])} (frequencies, frames) is smaller than the {self.shape} this encoder was made for; prepare it as the training data were.")
         return x[:, :self.shape[0], :self.shape[1]]
 
+# %% ../../nbs/04b_masked.ipynb #07c092e5
 def band_prep(mod:Modality, items=None, prep:dict|None=None, patch:int=16)->Standardise:
     "The prep for sound that is cut into patches"
     if mod.form == 'wave': return audio_prep(mod, items, prep)
@@ -236,6 +238,7 @@ def _word_pieces(path:Path):
     tok.normalizer, tok.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     return tok
 
+# %% ../../nbs/04b_masked.ipynb #993d9ab3
 def load_tokenizer(
     path,           # vocab.txt or tokenizer.json
     length:int=64,  # positions; longer texts are cut
@@ -279,6 +282,7 @@ def _held_array(fun, args, state, *_):
 def _latin(text, codec): return text.encode('latin1')       # how old protocols write bytes
 def _nothing(): return b''
 
+# %% ../../nbs/04b_masked.ipynb #5e33d246
 def _admitted(module, name):
     "What a name in a pickle of arrays stands for; None: it has no business there"
     if module.split('.')[0] == 'numpy' and name in ('ndarray', 'dtype', '_reconstruct', 'scalar', '_frombuffer'):
@@ -295,6 +299,7 @@ class ArraysOnly(pickle.Unpickler):
         if found is None: raise InputError(f"it holds {module}.{name}, which is not an array; nothing in it was run. Ask for the weights as plain arrays")
         return found
 
+# %% ../../nbs/04b_masked.ipynb #66c3e1d1
 def load_arrays(path):
     "What a pickle of arrays holds"
     if not Path(path).is_file(): raise InputError(f"{path}: there is no such file of weights; check the path.")
@@ -324,6 +329,7 @@ def renamed(name:str, rules:dict)->str:
     for a, b in rules.items(): name = re.sub(a, b, name)
     return name
 
+# %% ../../nbs/04b_masked.ipynb #304c6ca0
 def _few(names): return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if names[3:] else '')
 
 def fill(
@@ -346,6 +352,7 @@ FLAX = {r'^encoder\.LayerNorm_0': 'body.norm', r'^encoder\.Block_': 'body.blocks
 SKIP = re.compile(r'decoder|mask_token|(image|text)_mask_embedding|mlp_head|norm\.')
 OPTIONAL = ('tokens', 'type_text', 'patches', 'type_image')     # of M3AE: there if it is to read that
 
+# %% ../../nbs/04b_masked.ipynb #9c4e9f97
 def _flat(tree, at=''):
     "name.name -> array"
     if not isinstance(tree, dict): return {at[1:]: tree}
@@ -356,10 +363,18 @@ def _parameters(tree):
     if not isinstance(tree, dict): return None
     return tree if 'cls_token' in tree else next((found for t in tree.values() if (found := _parameters(t))), None)
 
+# %% ../../nbs/04b_masked.ipynb #547eee25
 def _from_flax(name, x):
     x = torch.from_numpy(np.array(x, dtype='f4'))
     if name == 'image_embedding.kernel': return x.unflatten(0, (math.isqrt(len(x) // 3), -1, 3)).permute(3, 2, 0, 1).flatten(1)
     return x.T.contiguous() if name.endswith('.kernel') else x
+
+# %% ../../nbs/04b_masked.ipynb #565b38d6
+def _m3ae_like(state, path):
+    width, depth = state['cls'].shape[-1], len({k.split('.')[2] for k in state if k.startswith('body.blocks.')})
+    size = next((s for s in SIZES.values() if (s['width'], s['depth']) == (width, depth)), None)
+    if not size: raise InputError(f"{path} is {width} wide and {depth} blocks deep, which is none of {', '.join(SIZES)}; give the M3AE to be filled.")
+    return M3AE(**size, reads=[r for r in ('text', 'image') if f'type_{r}' in state], **(dict(vocab=len(state['tokens.weight'])) if 'tokens.weight' in state else {}))
 
 # %% ../../nbs/04b_masked.ipynb #527755db
 def load_m3ae(
@@ -375,12 +390,6 @@ def load_m3ae(
     mine = net.state_dict()
     return fill(net, {k: v for k, v in state.items() if k in mine or k.split('.')[0] not in OPTIONAL}, path)
 
-def _m3ae_like(state, path):
-    width, depth = state['cls'].shape[-1], len({k.split('.')[2] for k in state if k.startswith('body.blocks.')})
-    size = next((s for s in SIZES.values() if (s['width'], s['depth']) == (width, depth)), None)
-    if not size: raise InputError(f"{path} is {width} wide and {depth} blocks deep, which is none of {', '.join(SIZES)}; give the M3AE to be filled.")
-    return M3AE(**size, reads=[r for r in ('text', 'image') if f'type_{r}' in state], **(dict(vocab=len(state['tokens.weight'])) if 'tokens.weight' in state else {}))
-
 # %% ../../nbs/04b_masked.ipynb #425b9b2b
 def one_path(
     state:dict,     # of the whole CAV-MAE
@@ -394,12 +403,14 @@ def one_path(
     other = lambda k: re.search(r'\.norm\d' if k.startswith('blocks_u') else r'\.norm\d_', k) and not (k.startswith('blocks_u') and f'_{side}.' in k)     # norms of the other paths
     return {re.sub(rf'(norm\d)_{side}\.', r'\1.', renamed(k, rules)): v for k, v in state.items() if mine.match(k) and not other(k)}
 
+# %% ../../nbs/04b_masked.ipynb #8e63e998
 def _placed_on(state:dict, grid, side:str)->dict:
     "The same weights with the position table on another grid"
     if (n := state.get('places')) is None or n.dim() != 3: return state
     rows = 8 if side == 'a' else math.isqrt(n.shape[1])
     return {**state, 'places': regrid(n, (rows, n.shape[1] // rows), grid)} if n.shape[1] % rows == 0 else state
 
+# %% ../../nbs/04b_masked.ipynb #578bb301
 def load_cavmae(
     path,       # the published state dict
     net,        # a `CAVMAE` to fill
@@ -416,6 +427,7 @@ def _finish(enc, net, prep, train_last, weights, **recipe):
     enc.recipe, enc.weights = dict(recipe, train_last=train_last), Path(weights).name if weights else 'random'
     return with_prep(enc, prep)
 
+# %% ../../nbs/04b_masked.ipynb #528d94a7
 @encoders
 def m3ae_text(
     mod:Modality, items=None, prep=None,    # as for any encoder
@@ -446,6 +458,7 @@ def m3ae_visual(mod:Modality, items=None, prep=None, size:str='base', weights:st
     if weights: load_m3ae(weights, net)
     return _finish(OverFrames(net), net, pix, train_last, weights, size=size, patch=patch, pool=pool, checkpoint=checkpoint)
 
+# %% ../../nbs/04b_masked.ipynb #44eb1155
 @encoders
 def cavmae_audio(mod:Modality, items=None, prep=None, size:str='base', weights:str='', patch:int=16, checkpoint:bool=False, train_last:int=-1):
     "CAV-MAE on filter banks, spectrograms or waveforms (arXiv 2210.07839); published with 1024 frames of 128 mel bins"
