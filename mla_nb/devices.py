@@ -302,6 +302,7 @@ def has_norm(enc)->bool:
     "Does anything in it look at other rows?"
     return any(isinstance(l, torch.nn.modules.batchnorm._BatchNorm) and l.running_mean is not None for l in enc.modules())
 
+# %% ../nbs/06b_devices.ipynb #5d079c2b
 class Norms(Answers):
     "Batch norm for all, also where there are no rows"
     def share_norms(self, learn):
