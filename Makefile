@@ -61,7 +61,7 @@ TRAIN := $(if $(LR),-p lr $(LR)) $(if $(BATCH),-p batch_size $(BATCH))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help setup demo features prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test soak browser site lab chapter export clean readme check-python lock benchmark results
+.PHONY: help setup demo features prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test soak solutions browser site lab chapter export clean readme check-python lock benchmark results
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -112,6 +112,9 @@ test: $(READY) ## every test, every chapter, README in step
 soak: $(READY) ## kills, damaged bytes, full disks, odd input, for minutes: the table in results/faults.md
 	OMP_NUM_THREADS=1 FAULTS_TABLE=results/faults.json $(BIN)/python -m pytest -q -m 'soak or not soak' tests/test_faults.py
 	@cat results/faults.md
+
+solutions: $(READY) ## run the exercises' solutions after their chapters (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/nbs.py solutions
 
 browser: $(READY) ## chapters in a real JupyterLab, driven by Chromium (CHROMIUM=/usr/bin/chromium, MLA_SHOTS=FOLDER keeps screenshots)
 	$(BIN)/python -m pytest -q -m browser tests/test_browser.py

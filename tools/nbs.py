@@ -1,6 +1,7 @@
 """Notebook chores that need no Quarto.
 
     nbs.py run 10 [11 …]      execute chapters in place and store them clean
+    nbs.py solutions [10 …]   run the exercises' solutions after their chapters, and say what fails or prints something else than it says there
     nbs.py readme [--check]   write README.md from nbs/index.ipynb, or say whether it is up to date
     nbs.py publish URL        name the public repository: in settings.ini, and in every chapter badges that open it in Colab or Binder
                               with a cell that installs the package there
@@ -43,6 +44,32 @@ def run(names):
         nbformat.write(nb, path)
         print(f"{path.name}: {time.time() - t:.0f} s", flush=True)
     clean()
+
+
+def printed(cell):
+    "What a cell says: its text, or its error"
+    text = [o.text if o.output_type == "stream" and o.name == "stdout" else f"{o.ename}: {o.evalue}" if o.output_type == "error" else o.get("data", {}).get("text/plain", "") for o in cell.outputs
+            if "image/png" not in o.get("data", {})]
+    return " ".join(ANSI.sub("", " ".join(text)).split())
+
+
+def solutions(names):
+    "Chapter and solutions in one kernel; nothing is stored. An error that the solution speaks of (`# Diverged: …`) is none"
+    failed = 0
+    for path in map(chapter, names or sorted(str(p) for p in (ROOT / "nbs").rglob("[0-9]*.ipynb"))):
+        nb = nbformat.read(path, 4)
+        blocks = [b for c in nb.cells if c.source.startswith("**Solutions**") for b in re.findall(r"^```(python|text)\n(.*?)^```", c.source, re.M | re.S)]
+        first, said = len(nb.cells), []
+        for kind, text in blocks:
+            if kind == "python": nb.cells.append(nbformat.v4.new_code_cell(text)); said.append(None)
+            elif said: said[-1] = " ".join(text.split())
+        Client(nb, timeout=600, allow_errors=True, store_widget_state=False, resources={"metadata": {"path": str(path.parent)}}).execute()
+        for cell, text in zip(nb.cells[first:], said):
+            error = next((o.ename for o in cell.outputs if o.output_type == "error"), None)
+            failed += bool(error) and error not in cell.source
+            if (error and error not in cell.source) or text not in (None, printed(cell)): print(f"{path.name}:\n{cell.source}\n  it says  {text}\n  it gave  {printed(cell)}\n", flush=True)
+        print(f"{path.name}: {len(said)} solutions", flush=True)
+    sys.exit(f"{failed} solutions do not run" if failed else 0)
 
 
 def clean():
@@ -115,6 +142,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["run", *names] if names: run(names)
         case ["publish", url]: publish(url)
+        case ["solutions", *names]: solutions(names)
         case ["readme"]: readme(False)
         case ["readme", "--check"]: readme(True)
         case _: sys.exit(__doc__)
