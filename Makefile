@@ -75,7 +75,7 @@ $(DEPS): constraints.txt | check-python
 	  || $(BIN)/python -m pip install -q -r constraints.txt
 	touch $@
 $(READY): $(DEPS) setup.py settings.ini pyproject.toml
-	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --config-settings editable_mode=compat -e .      # compat: found also from the folder above, if the clone is called mla_nb, too
 	touch $@
 
 setup: $(READY) ## the environment in .venv
@@ -88,7 +88,9 @@ demo: prepare-$(DATASET) $(if $(filter features,$(ENCODER)),features) ## concat 
 	    -p dataset $(DATASET) -p method $$m -p encoder '$(SPEC)' -p epochs $(EPOCHS) -p seed $(SEED) $(TRAIN) \
 	    -r dataset_args '$(DATASET_ARGS)' -p root $(DEMO)/$(DATASET); \
 	done
-	@echo; $(BIN)/mla_table $(DEMO)/$(DATASET)
+	@echo; $(BIN)/mla_table $(DEMO)/$(DATASET) --plot $(DEMO)/$(DATASET)/accuracies.png
+	@echo; echo "the same as a picture, a panel per run: $(DEMO)/$(DATASET)/accuracies.png"
+	@echo "(laziness: under concat a modality stays far below what is possible, or below what it reaches under mla)"
 	@echo; echo "the runs, for mla_predict and mla_doctor:"; ls -d $(DEMO)/$(DATASET)/*/
 
 features: prepare-$(DATASET) ## encoders run over a prepared dataset once: make features DATASET=iemocap FEATURES=SPEC

@@ -77,6 +77,7 @@ def compile_encoders(
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))        # is there a compiler?
         torch._dynamo.config.suppress_errors = True                                 # what it cannot compile runs as it is
         for e in net.encs.values(): e.compile()
+        print('compiled=True: the first batches take their time (up to minutes on a CPU), while the encoders are compiled.')
     except Exception as e:
         print(f"compiled=True: torch.compile does not work here ({type(e).__name__}); training goes on without it.")
         return False

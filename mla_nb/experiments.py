@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PRESET', 'LIMITS', 'FULL', 'CLOSED', 'ELSEWHERE', 'Checked', 'Described', 'Run', 'parse_args', 'split_list',
            'with_options', 'make_dataset', 'make_method', 'encoder_names', 'save_tensors', 'read_tensors', 'seal',
-           'check_seal', 'fits', 'load_weights', 'is_main', 'checkpoints', 'read_state', 'States', 'Saver', 'Stopped',
-           'Stopper', 'TensorBoard', 'make_encoders', 'make_opt', 'fused_sgd', 'environment', 'data_checksum', 'claim',
-           'build', 'undisturbed', 'run', 'causes', 'mendable', 'save_pred', 'load_pred', 'fit', 'load_run',
-           'read_history', 'plot_losses', 'plot_weights', 'plot_confusion', 'show_samples', 'results', 'table', 'facts',
-           'side_by_side', 'plot_runs', 'browse_runs', 'seed_list', 'plan', 'attempt', 'grid', 'tune', 'compared',
-           'plot_compared', 'plot_curves', 'costs', 'parse', 'main', 'table_main', 'grid_main']
+           'check_seal', 'fits', 'load_weights', 'is_main', 'processes', 'checkpoints', 'read_state', 'States', 'Saver',
+           'Stopped', 'Stopper', 'TensorBoard', 'make_encoders', 'make_opt', 'fused_sgd', 'environment',
+           'data_checksum', 'claim', 'build', 'undisturbed', 'run', 'causes', 'mendable', 'save_pred', 'load_pred',
+           'fit', 'load_run', 'read_history', 'plot_losses', 'plot_weights', 'plot_confusion', 'show_samples',
+           'results', 'table', 'plot_accuracies', 'facts', 'side_by_side', 'plot_runs', 'browse_runs', 'seed_list',
+           'plan', 'attempt', 'grid', 'tune', 'compared', 'plot_compared', 'plot_curves', 'costs', 'parse', 'main',
+           'table_main', 'grid_main']
 
 # %% ../nbs/15_experiments.ipynb #a0949d8d
 import argparse, ast, errno, hashlib, json, math, os, platform, re, shutil, signal, subprocess, sys, threading, time, warnings
@@ -307,6 +308,10 @@ def is_main()->bool:
     "Is this the process that writes files?"
     return int(os.environ.get('RANK', 0)) == 0
 
+def processes()->int:
+    "How many train this net together"
+    return int(os.environ.get('WORLD_SIZE', 1))
+
 # %% ../nbs/15_experiments.ipynb #6f212ade
 def checkpoints(folder)->list:
     "Those of a run, the newest first: last.pt, last-1.pt, …"
@@ -424,7 +429,7 @@ class Stopper(Callback):
         for s, handler in self.before.items(): signal.signal(s, handler or signal.SIG_DFL)
 
     def hear(self, signum, frame):
-        patience = 2 if int(os.environ.get('WORLD_SIZE', 1)) > 1 else 0         # torchrun passes on what the terminal has sent already
+        patience = 2 if processes() > 1 else 0         # torchrun passes on what the terminal has sent already
         if self.asked == signum and time.monotonic() - self.since > patience: raise Stopped(signum)
         if not self.asked: self.asked, self.since = signum, time.monotonic()
         os.write(2, b'\nstopping after this batch; once more to stop at once\n')         # print is not allowed here
@@ -516,6 +521,8 @@ def claim(
     check_seal(cfg.folder, 'preps.json', 'result.json', todo=todo)
     theirs = {**asdict(Run()), **about['run']}           # a field that came later was at its default
     odd = [k for k, v in json.loads(json.dumps(cfg.what)).items() if theirs.get(k) != v]
+    if (k := about.get('processes', 1)) != processes():
+        raise InputError(f"{cfg.folder} belongs to training on {k} process{'es' * (k > 1)} with batch_size={cfg.batch_size} each, and here {'is' if processes() == 1 else 'are'} {processes()}; start {k}, or choose another name, or remove that folder.")
     if odd: raise InputError(f"{cfg.folder} belongs to another configuration: {odd[0]} is {theirs.get(odd[0])!r} there and {cfg.what[odd[0]]!r} here; choose another name, or remove that folder.")
     if about['data'] and (now := data_checksum(cfg)) and now != about['data']:
         raise InputError(f"{cfg.folder} was trained on another version of the dataset {cfg.dataset!r} than is in {cfg.data} now; choose another name or root, or {todo}.")
@@ -607,7 +614,7 @@ def _recipes(cfg, net, mods):
 def _describe(cfg, s, learn):
     "config.json and preps.json: what is needed to build the net again without the data"
     mods = {m: s.modalities[m] for m in learn.net.encs}
-    about = dict(run=cfg.what, data=data_checksum(cfg), classes=s.classes, modalities={m: asdict(v) for m, v in mods.items()}, encoders=_recipes(cfg, learn.net, mods), dataset=s.info,
+    about = dict(run=cfg.what, processes=processes(), data=data_checksum(cfg), classes=s.classes, modalities={m: asdict(v) for m, v in mods.items()}, encoders=_recipes(cfg, learn.net, mods), dataset=s.info,
                  items={m: list(getattr(s.train.column(m)[0], 'shape', [])) for m in mods})         # what an item looks like
     cfg.folder.mkdir(parents=True, exist_ok=True)
     (cfg.folder/'nan.json').unlink(missing_ok=True)                     # of an earlier start
@@ -625,7 +632,7 @@ def _finish(cfg, s, learn):
     if not is_main(): return
     best = next(c for c in learn.cbs if isinstance(c, Saver)).best[2]
     save_pred(p, cfg.folder/'predictions.safetensors')
-    out = dict(id=cfg.folder.name, run=cfg.what, best_epoch=best + 1, valid=learn.history[best]['valid'], test=scores(p), n_test=len(p.y),
+    out = dict(id=cfg.folder.name, run=cfg.what, processes=processes(), best_epoch=best + 1, valid=learn.history[best]['valid'], test=scores(p), n_test=len(p.y),
                bayes=s.bayes and {**{m: s.bayes[m,] for m in mods}, 'fused': s.bayes[tuple(mods)]}, weights=getattr(learn.method.rule, 'weights', None), temperatures=temperatures(valid),
                seconds=sum(r['seconds'] for r in learn.history), params=sum(q.numel() for q in learn.net.parameters()), environment=environment())
     seal(cfg.folder, 'metrics.jsonl')
@@ -791,7 +798,7 @@ def results(
 def _variant(r):
     "What a row of the table stands for: everything but the seed"
     what = {k: v for k, v in {**asdict(Run()), **r['run']}.items() if k in Run().what and k != 'seed'}
-    return json.dumps(what, sort_keys=True)
+    return json.dumps([what, r.get('processes', 1)], sort_keys=True)
 
 # %% ../nbs/15_experiments.ipynb #3631d9b4
 def _base(what)->dict:
@@ -803,15 +810,15 @@ def table(
     root='runs',    # folder of runs, or a list as `results` gives it
 )->str:             # Markdown
     "Test accuracy in %, mean ± sd over seeds, one row per dataset and configuration"
-    groups, found = defaultdict(list), results(root) if not isinstance(root, list) else root
-    for r in found: groups[_variant(r)].append(r)
+    groups, found = defaultdict(dict), results(root) if not isinstance(root, list) else root
+    for r in found: groups[_variant(r)].setdefault(r['run']['seed'], r)        # a copy of a run is no second seed
     mods = list(dict.fromkeys(m for r in found for m in r['test']['accuracy'] if m != 'fused'))
     lines, bounds = [f"| dataset | method | n | fused | {' | '.join(mods)} |", '|---' * (4 + len(mods)) + '|'], {}
-    for rows in groups.values():
-        base = _base(rows[0]['run'])
-        what = {**base, **rows[0]['run']}
+    for rows in (list(g.values()) for g in groups.values()):
+        base = {**_base(rows[0]['run']), 'processes': 1}
+        what = {**base, **rows[0]['run'], 'processes': rows[0].get('processes', 1)}
         args = lambda name: ', '.join(f'{k}={v}' for k, v in what[name].items())
-        odd = [f'{k}={what[k]}' for k in ('missing', 'missing_test', 'missing_fill', 'encoder', 'rule', 'temperature', 'epochs', 'batch_size', 'lr', 'optimizer', 'schedule', 'precision') if what[k] != base[k]]
+        odd = [f'{k}={what[k]}' for k in [*Run().what, 'processes'] if k not in ('dataset', 'dataset_args', 'method', 'method_args', 'seed') and what[k] != base[k]]
         data = ' '.join(filter(None, [what['dataset'], args('dataset_args')]))
         name = ' '.join(filter(None, [what['method'], args('method_args'), ', '.join(odd)]))
         cells = [_mean_sd([r['test']['accuracy'].get(m) for r in rows]) for m in ['fused', *mods]]
@@ -824,6 +831,24 @@ def table(
 def _mean_sd(values):
     v = torch.tensor([100 * x for x in values if x is not None], dtype=torch.double)
     return '–' if not len(v) else f'{v.mean():.1f}' + (f' ± {v.std():.1f}' if len(v) > 1 else '')
+
+# %% ../nbs/15_experiments.ipynb #647866fc
+def plot_accuracies(
+    runs:list,      # results, as `results` or `run` gives them; a few
+):                  # a figure
+    "Test accuracy per modality and fused, a panel per run; dashed: the best possible, where it is known"
+    import matplotlib.pyplot as plt
+    fig, axs = plt.subplots(1, len(runs), figsize=(4 * len(runs), 2.6), sharey=True, squeeze=False)
+    for ax, r in zip(axs[0], runs):
+        acc = r['test']['accuracy']
+        names = [*(m for m in acc if m != 'fused'), 'fused']
+        bars = ax.bar(names, [100 * acc[m] for m in names], color=[colour(m) for m in names])
+        ax.bar_label(bars, fmt='%.0f', label_type='center', color='white')
+        for k, m in enumerate(names if r.get('bayes') else ()): ax.plot([k - .4, k + .4], [100 * r['bayes'][m]] * 2, 'k--', lw=1)
+        ax.set(title=' '.join([r['run']['method'], *(f'{a}={b}' for a, b in r['run']['method_args'].items())]), ylim=(0, 105))
+    axs[0][0].set_ylabel('accuracy on test, %')
+    fig.tight_layout()
+    return fig
 
 # %% ../nbs/15_experiments.ipynb #7b82269a
 def facts(
@@ -1122,10 +1147,15 @@ def table_main(argv=None):
     "Entry point of `mla_table`"
     p = argparse.ArgumentParser('mla_table', description='Test accuracy of all runs below a folder, as a Markdown table.')
     p.add_argument('root', nargs='?', default='runs', help='folder of runs (default: runs)')
-    root = p.parse_args(argv).root
+    p.add_argument('--plot', default='', help='draw the accuracies of all these runs (a dozen at most), and store the picture here')
+    args = p.parse_args(argv)
+    root = args.root
     warnings.showwarning = lambda message, *_, **__: print(f'mla_table: {message}', file=sys.stderr)
     if not results(root): sys.exit(f'mla_table: no finished run below {root}; make one with mla_run, or name another folder.')
     print(table(root))
+    if args.plot:
+        if len(found := results(root)) > 12: sys.exit(f'mla_table: --plot: {len(found)} runs below {root} are too many for one picture; name a folder with at most 12.')
+        plot_accuracies(found).savefig(args.plot)
 
 # %% ../nbs/15_experiments.ipynb #79c4bc8d
 def _grid_parser():

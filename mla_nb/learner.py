@@ -120,7 +120,7 @@ class ShardShuffle(Shuffle):
 
     def streams(self, n:int, size:int=1)->list:
         "The rows of each of `n` processes: shards of its own, in blocks"
-        if n > len(self.shards): raise InputError(f"shuffle='shards': {n} processes, but the training split has {len(self.shards)} shards; prepare it with smaller shards, or use shuffle='all'.")
+        if n > len(self.shards): raise InputError(f"shuffle='shards': {n} processes, but the training split lies in {len(self.shards)} shard{'s' * (len(self.shards) > 1)}; start no more processes than that, or use shuffle='all'.")
         g = self.generator()
         order = torch.randperm(len(self.shards), generator=g).tolist()
         blocks = [[torch.cat([self.shards[k] for k in mine[i:i + self.buffer]]) for i in range(0, len(mine), self.buffer)] for mine in (order[r::n] for r in range(n))]

@@ -282,3 +282,35 @@ def test_files_of_tensors_are_equal_byte_for_byte_and_for_others_to_read(tmp_pat
     assert read_tensors(tmp_path / "a")[1] == {"mods": "audio,text", "more": "1"}
     (tmp_path / "c").touch()
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "c").stat().st_mode
+
+
+# tables and pictures ---------------------------------------------------------------------------------------------------
+
+def test_a_run_of_two_processes_is_not_one_of_one(tmp_path, monkeypatch):
+    cfg = Run(**{**SMALL, "epochs": 1}, root=str(tmp_path))
+    run(cfg)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="belongs to training on 1 process with batch_size=64 each, and here are 2; start 1"): run(cfg)
+    monkeypatch.delenv("WORLD_SIZE")
+    path = cfg.folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 2}))
+    with pytest.raises(InputError, match="belongs to training on 2 processes with batch_size=64 each, and here is 1; start 2"): run(cfg)
+
+
+def test_a_copy_of_a_run_is_no_second_seed_and_rows_say_all_that_differs(tmp_path):
+    [r] = [run(Run(**{**SMALL, "epochs": 1}), root=tmp_path)]
+    copies = [r, {**r, "folder": "elsewhere"}, {**r, "run": {**r["run"], "seed": 1}}, {**r, "processes": 2}, {**r, "run": {**r["run"], "accumulate": 2}}]
+    rows = [line.split(" | ") for line in table(copies).splitlines()[2:-1]]
+    assert [(row[1].removeprefix("mla epochs=1"), row[2]) for row in rows] == [("", "2"), (", processes=2", "1"), (", accumulate=2", "1")]
+
+
+def test_accuracies_as_a_picture(tmp_path, capsys):
+    run(Run(**{**SMALL, "epochs": 1}), root=tmp_path / "runs")
+    from mla_nb.experiments import table_main
+    table_main([str(tmp_path / "runs"), "--plot", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG" and "best possible" in capsys.readouterr().out
+    folder = next((tmp_path / "runs").iterdir())
+    import shutil
+    for k in range(12): shutil.copytree(folder, tmp_path / f"runs/copy{k}")
+    with pytest.raises(SystemExit, match="13 runs below .* are too many"): table_main([str(tmp_path / "runs"), "--plot", str(tmp_path / "b.png")])
+    assert not (tmp_path / "b.png").exists()
