@@ -271,7 +271,7 @@ def test_shards_keep_neighbours_together_and_change_with_the_epoch():
     assert list(s) != first and len({i // 10 for i in list(s)[20:40]}) == 2
     streams = s.streams(3)
     assert not {i // 10 for i in streams[0].tolist()} & {i // 10 for i in streams[1].tolist()}       # shards of its own
-    with pytest.raises(InputError, match="smaller shards"): s.streams(21)
+    with pytest.raises(InputError, match="lies in 20 shards; start no more processes than that"): s.streams(21)
 
 
 def test_buckets():
