@@ -117,11 +117,11 @@ def run_all(lab, page, nb, name):
     page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
     # a run asked for before the kernel is connected opens the "Select Kernel" dialog instead
     page.locator("#jp-main-statusbar").get_by_text(re.compile(r"\| Idle")).wait_for()
-    begun = page.locator(".jp-InputArea-prompt", has_text=re.compile(r"\[\d+\]")).first       # a star may wait for ever
-    for _ in range(3):                                      # the status may say Idle a moment before the kernel listens, and what is sent then is lost
+    begun = page.locator(".jp-InputArea-prompt", has_text=re.compile(r"\[(\*|\d+)\]")).first
+    for _ in range(3):                                      # the status may say Idle a moment before the kernel listens
         page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
         page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
-        try: return begun.wait_for(timeout=30_000)
+        try: return begun.wait_for(timeout=20_000)
         except pw.TimeoutError: page.keyboard.press("Escape")
     pytest.fail(f"{name}: no cell began to run")
 
