@@ -29,7 +29,7 @@ def filled(learn, z, turn)->dict:
 def attend(learn, turn=None):
     "Without a row of one's own: nothing to learn, but others may wait for their batch norm (6b.6)"
     if turn is not None: learn.net.features(turn)
-    if getattr(learn, 'ghost', None) is not None: learn.ghost.backward()
+    if getattr(learn, 'ghost', None) is not None and learn.ghost.requires_grad: learn.ghost.backward()
 
 def join(zs:list)->dict: return zs[0] if len(zs) == 1 else {m: torch.cat([z[m] for z in zs]) for m in zs[0]}
 
@@ -292,6 +292,7 @@ def norm_together(
     (mean, square), n = (s[:-1] / s[-1]).chunk(2), s[-1].detach()
     mean, var = mean.float(), (square - mean.square()).float()
     with torch.no_grad():
+        if bn.momentum is None: raise InputError('batch norm with momentum=None cannot be shared among processes; give it a momentum, or train with one process.')
         bn.running_mean.lerp_(mean, bn.momentum)
         bn.running_var.lerp_(var * n.float() / (n.float() - 1), bn.momentum)
         bn.num_batches_tracked += 1
@@ -311,7 +312,7 @@ class Norms(Answers):
         self.normed, self.before = [m for m, e in net.encs.items() if has_norm(e)], net.features
         for m in self.normed:
             for bn in net.encs[m].modules():
-                if isinstance(bn, torch.nn.modules.batchnorm._BatchNorm): bn.forward = partial(norm_together, bn, self.dist)
+                if isinstance(bn, torch.nn.modules.batchnorm._BatchNorm) and bn.running_mean is not None: bn.forward = partial(norm_together, bn, self.dist)
         if self.normed: net.features, net.single = partial(self.features, learn), lambda m, k: self.having(m) == 1
 
     def own_norms(self, learn):

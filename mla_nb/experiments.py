@@ -1182,7 +1182,7 @@ def grid_main(argv=None):
         common = parse(rest, every=False)
         odd = [k for k in ('dataset_args', 'method_args', 'name') if k in common]
         if odd: raise InputError(f"--{odd[0]} cannot hold for several runs; write options in parentheses, e.g. --dataset 'synthetic(n_train=200)' --method 'mla(projection=False)', and leave names to us.")
-        lrs, [jobs] = _numbers('lr', float, given.lr, '.03,.1,.3'), _numbers('jobs', int, given.jobs, '2')
+        lrs, jobs = _numbers('lr', float, given.lr, '.03,.1,.3'), sum(_numbers('jobs', int, given.jobs.replace(',', ' '), '2'))
         how = dict(jobs=jobs or (1 if torch.cuda.is_available() else os.cpu_count()), scheduler=given.scheduler)
         runs = plan(given.dataset, given.method, given.seed, **common, **(dict(lr=lrs[0]) if len(lrs) == 1 else {}))
         if len(lrs) > 1:
