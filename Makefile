@@ -84,7 +84,7 @@ demo: prepare-$(DATASET) $(if $(filter features,$(ENCODER)),features) ## concat 
 	@mkdir -p $(DEMO)
 	@set -e; for m in $(METHODS); do \
 	  echo "== $$m on $(DATASET): $(DEMO)/$(DATASET)-$$m.ipynb"; \
-	  $(BIN)/python -m papermill --log-level WARNING --progress-bar nbs/experiments/run.ipynb $(DEMO)/$(DATASET)-$$m.ipynb -k python3 \
+	  $(BIN)/python tools/nbs.py papermill --log-level WARNING --progress-bar nbs/experiments/run.ipynb $(DEMO)/$(DATASET)-$$m.ipynb -k python3 \
 	    -p dataset $(DATASET) -p method $$m -p encoder '$(SPEC)' -p epochs $(EPOCHS) -p seed $(SEED) $(TRAIN) \
 	    -r dataset_args '$(DATASET_ARGS)' -p root $(DEMO)/$(DATASET); \
 	done
@@ -122,7 +122,7 @@ browser: $(READY) ## chapters in a real JupyterLab, driven by Chromium (CHROMIUM
 	$(BIN)/python -m pytest -q -m browser tests/test_browser.py
 
 lab: $(READY) ## JupyterLab on the chapters
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. nbs/index.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --MappingKernelManager.transport_encryption=auto --notebook-dir=. nbs/index.ipynb
 
 chapter: $(READY) ## execute chapters in place: make chapter N=10
 	$(if $(N),$(BIN)/python tools/nbs.py run $(N),@echo "which one? make chapter N=10"; exit 1)

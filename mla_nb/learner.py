@@ -547,6 +547,7 @@ class LiveView(Callback):
         self.bar, self.note = w.IntProgress(steps * learn.epoch, 0, steps * learn.epochs), w.Label()
         self.button, self.picture = w.Button(description='Stop', icon='stop', tooltip='end training after this batch'), w.Image(format='png', layout=dict(max_width='100%', align_self='flex-start'))
         self.button.on_click(lambda _: setattr(learn, 'stop', True))
+        self.button.comm._reply_subshell_for = lambda data, asked: asked        # ipykernel 7.4 would keep a click for the busy cell
         self.box = w.VBox([w.HBox([self.bar, self.button, self.note]), self.picture])
         display(self.box)
     def after_batch(self, learn):

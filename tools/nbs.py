@@ -2,6 +2,7 @@
 
     nbs.py run 10 [11 …]      execute chapters in place and store them clean
     nbs.py solutions [10 …]   run the exercises' solutions after their chapters, and say what fails or prints something else than it says there
+    nbs.py papermill …        papermill, with the same arguments; what its kernel says is encrypted
     nbs.py readme [--check]   write README.md from nbs/index.ipynb, or say whether it is up to date
     nbs.py publish URL        name the public repository: in settings.ini, and in every chapter badges that open it in Colab or Binder
                               with a cell that installs the package there
@@ -12,10 +13,12 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from traitlets.config import Config
 
 ROOT = Path(__file__).parents[1]
 DIRECTIVE = re.compile(r"^\s*#\s*\|.*\n?", re.M)
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+ENCRYPTED = Config(KernelManager=dict(transport_encryption="auto"))        # else others on the machine can listen, and ipykernel warns at every start
 HIDE = re.compile(r"^\s*#\s*\|\s*(hide|default_exp|export|exporti)\b", re.M)
 
 
@@ -37,7 +40,7 @@ def chapter(name):
 def run(names):
     for path in map(chapter, names):
         nb, t = nbformat.read(path, 4), time.time()
-        client = Client(nb, timeout=600, store_widget_state=False, resources={"metadata": {"path": str(path.parent)}})
+        client = Client(nb, config=ENCRYPTED, timeout=600, store_widget_state=False, resources={"metadata": {"path": str(path.parent)}})
         try: client.execute()
         except CellExecutionError as e: sys.exit(f"{path}:\n{ANSI.sub('', str(e))}")
         nb.metadata.pop("widgets", None)
@@ -64,13 +67,24 @@ def solutions(names):
         for kind, text in blocks:
             if kind == "python": nb.cells.append(nbformat.v4.new_code_cell(text)); said.append(None)
             elif said: said[-1] = " ".join(text.split())
-        Client(nb, timeout=600, allow_errors=True, store_widget_state=False, resources={"metadata": {"path": str(path.parent)}}).execute()
+        Client(nb, config=ENCRYPTED, timeout=600, allow_errors=True, store_widget_state=False, resources={"metadata": {"path": str(path.parent)}}).execute()
         for cell, text in zip(nb.cells[first:], said):
             error = next((o.ename for o in cell.outputs if o.output_type == "error"), None)
             failed += bool(error) and error not in cell.source
             if (error and error not in cell.source) or text not in (None, printed(cell)): print(f"{path.name}:\n{cell.source}\n  it says  {text}\n  it gave  {printed(cell)}\n", flush=True)
         print(f"{path.name}: {len(said)} solutions", flush=True)
     sys.exit(f"{failed} solutions do not run" if failed else 0)
+
+
+def papermill(args):
+    from papermill.cli import papermill as command
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, *args, **kwargs): return super().execute_managed_notebook(*args, config=ENCRYPTED, **kwargs)
+    papermill_engines.register(None, Engine)
+    command(args, prog_name="papermill")
 
 
 def clean():
@@ -80,7 +94,6 @@ def clean():
 def readme(check):
     "The index as Markdown: hidden cells left out, `echo: false` cells with their outputs only, pictures with their `fig-alt`"
     from nbconvert import MarkdownExporter
-    from traitlets.config import Config
     nb = nbformat.read(ROOT / "nbs/index.ipynb", 4)
     nb.metadata["language_info"] = {"name": "python"}
     nb.cells = [c for c in nb.cells if c.cell_type != "code" or not HIDE.search(c.source)]
@@ -144,6 +157,7 @@ if __name__ == "__main__":
         case ["run", *names] if names: run(names)
         case ["publish", url]: publish(url)
         case ["solutions", *names]: solutions(names)
+        case ["papermill", *args]: papermill(args)
         case ["readme"]: readme(False)
         case ["readme", "--check"]: readme(True)
         case _: sys.exit(__doc__)
