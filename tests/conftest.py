@@ -4,6 +4,8 @@ import io
 import os
 import runpy
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,9 +30,43 @@ def script(name, *args, ok=True):
     return f"{said.getvalue()}{code}"
 
 
+DIE = """
+import os, signal
+from pathlib import Path
+replace = os.replace
+def dying(part, path, **kw):
+    path = Path(path)
+    if path.suffix == ".arrow" and list(path.parent.glob("*.arrow")): os.killpg(0, signal.SIGKILL)
+    return replace(part, path, **kw)
+os.replace = dying
+"""
+
+
+def killed_at_the_second_shard(tmp_path, path, *args):
+    "data_scripts/PATH is killed, and all that it started, as it puts its second shard in place; when each file that was whole was written"
+    (tmp_path / "die").mkdir()
+    (tmp_path / "die/sitecustomize.py").write_text(DIE)                  # read by whatever Python begins with this PYTHONPATH
+    p = subprocess.run([sys.executable, str(ROOT / "data_scripts" / path), *map(str, args), "--out", "cut"], cwd=tmp_path, capture_output=True, text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": str(tmp_path / "die")})
+    assert p.returncode == -signal.SIGKILL and not (tmp_path / "cut").exists(), p.stderr[-3000:]
+    first = {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("cut.partial/*.arrow")}
+    assert len(first) == 1 and list(tmp_path.glob("cut.partial/.*.part"))
+    return first
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def together(*how):
+    "The command that begins two processes that train one net"
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), *map(str, how)]
+
+
 def started(*args, cwd, how=("-m", "mla_nb.experiments")):
     "Two processes that train one net"
-    args = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(40000 + os.getpid() % 20000), *how, *args]
+    args = together(*how, *args)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(args, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
 

@@ -1,8 +1,6 @@
 """CREMA-D: names, published lists, the command line from a tree of the official layout, and what can go wrong in it."""
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, killed_at_the_second_shard, script
 from mla_nb.core import InputError, check_dataset, datasets
 from mla_nb.data.cremad import LABELS, cremad_rows, cremad_splits, parse_clip, prepare_cremad
 from mla_nb.data.media import read_split
@@ -74,16 +72,9 @@ def test_miniature_says_what_it_is(tmp_path, monkeypatch):
 
 
 def test_kill_9_is_repaired_by_running_again(mine):
-    args = [sys.executable, str(ROOT / "data_scripts/prepare_cremad.py"), "--root", str(mine), "--audio", "log_mel", "--size", "24", "--workers", "1"]
-    p = subprocess.Popen([*args, "--out", "cut"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.time() + 90
-    while not list(mine.parent.glob("cut.partial/*.arrow")) and time.time() < deadline and p.poll() is None: time.sleep(.002)
-    os.killpg(p.pid, signal.SIGKILL)
-    p.wait()
-    assert not (mine.parent / "cut").exists(), "it was faster than the test; make the miniature larger"
-    first = {f.name: f.stat().st_mtime_ns for f in mine.parent.glob("cut.partial/*.arrow")}
-    assert first
-    for out in ("cut", "whole"): subprocess.run([*args, "--out", out], check=True, capture_output=True)
+    args = ["--root", str(mine), "--audio", "log_mel", "--size", "24", "--workers", "1"]
+    first = killed_at_the_second_shard(mine.parent, "prepare_cremad.py", *args)
+    for out in ("cut", "whole"): script("cremad", *args, "--out", out)
     assert {f.name: f.read_bytes() for f in (mine.parent / "cut").glob("*.arrow")} == {f.name: f.read_bytes() for f in (mine.parent / "whole").glob("*.arrow")}
     assert all((mine.parent / "cut" / n).stat().st_mtime_ns == t for n, t in first.items())             # not made a second time
 

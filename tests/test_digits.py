@@ -2,17 +2,13 @@
 import importlib.util
 import io
 import json
-import signal
-import subprocess
-import sys
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, killed_at_the_second_shard
 from mla_nb.core import InputError, check_dataset
 from mla_nb.data.digits import CONTENT, content_sha, digits, miniature, prepare_digits, read_archive
 from mla_nb.experiments import Run, run
@@ -67,15 +63,8 @@ def test_no_image_is_in_two_splits(here, tones):
 def test_kill_9_is_repaired_by_running_again(here):
     "Killed while it works; the second call makes what is missing, and the same bytes as an undisturbed one"
     miniature("tones.zip", per=20)
-    args = [sys.executable, str(ROOT / "data_scripts/prepare_digits.py"), "--archive", "tones.zip"]
-    p = subprocess.Popen([*args, "--out", "cut"], stderr=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while not list(here.glob("cut.partial/*.arrow")) and time.time() < deadline and p.poll() is None: time.sleep(.005)
-    p.send_signal(signal.SIGKILL)
-    p.wait()
-    assert not (here / "cut").exists(), "it was faster than the test; give it more recordings"
-    subprocess.run([*args, "--out", "cut"], check=True, stderr=subprocess.DEVNULL)
-    subprocess.run([*args, "--out", "whole"], check=True, stderr=subprocess.DEVNULL)
+    first = killed_at_the_second_shard(here, "prepare_digits.py", "--archive", "tones.zip")
+    for out in ("cut", "whole"): script.main(["--archive", "tones.zip", "--out", out])
     assert not (here / "cut.partial").exists()
     assert {f.name: f.read_bytes() for f in (here / "cut").glob("*.arrow")} == {f.name: f.read_bytes() for f in (here / "whole").glob("*.arrow")}
 

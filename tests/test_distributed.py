@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from conftest import ROOT, torchrun
+from conftest import ROOT, together, torchrun
 from mla_nb.core import Batch, InputError, Modality, Samples, Splits, collate, discover, methods, set_seed
 from mla_nb.devices import Accelerate, Share, backward_in_pieces, buckets, part_of
 from mla_nb.heads import SharedHead, make_net
@@ -123,8 +123,7 @@ def child(folder):
 def two(tmp_path_factory):
     from safetensors.torch import load_file
     folder = tmp_path_factory.mktemp("two")
-    args = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20000 + os.getpid() % 20000), __file__, str(folder)]
-    p = subprocess.run(args, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
+    p = subprocess.run(together(__file__, folder), capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
     assert p.returncode == 0, p.stderr[-4000:]
     both = [load_file(folder / f"{r}.safetensors") for r in (0, 1)]
     def of(rank, case): return {k.removeprefix(case + "|"): v for k, v in both[rank].items() if k.startswith(case + "|")}

@@ -151,26 +151,36 @@ CLI = [sys.executable, "-c", "from mla_nb.experiments import main; main()"]
 SLOW = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)        # a job in the background is born deaf to it
+from pathlib import Path
 import mla_nb.learner as l
 f = l.Learner.one_batch
-def slow(self): time.sleep(.05); f(self)
+def slow(self):
+    if (self.epoch, self.step) == (1, 2): Path("now").touch()
+    time.sleep(1. if Path("now").exists() else 0.)
+    f(self)
 l.Learner.one_batch = slow
 from mla_nb.experiments import main; main()
 """
 PAIR = "--dataset_args n_train=160,n_valid=40,n_test=40 --batch_size 8 --epochs 2 --device cpu --progress false --save_every 0".split()
 
 
+def in_the_second_epoch(p, folder):
+    "Wait until a process that runs SLOW is there"
+    end, there = time.time() + 120, Path(folder) / "now"
+    while not there.exists() and time.time() < end and p.poll() is None: time.sleep(.02)
+    assert there.exists(), p.communicate()[1]
+
+
 @pytest.mark.parametrize("sig,code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=soak)])
 def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tmp_path, whole, sig, code):
     args = [x for k, v in {**TINY, "root": str(tmp_path), "name": "cut"}.items() for x in (f"--{k}", str(v))]
-    p = subprocess.Popen([sys.executable, "-c", SLOW, *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    end = time.time() + 120
-    while not (tmp_path / "cut/last.pt").exists() and time.time() < end: time.sleep(.02)
+    p = subprocess.Popen([sys.executable, "-c", SLOW, *args], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    in_the_second_epoch(p, tmp_path)
     p.send_signal(sig)
     said = p.communicate(timeout=60)[1]
     assert p.returncode == code and "the same command goes on from there" in said and "Traceback" not in said, said
     cfg = Run(**TINY, root=str(tmp_path), name="cut")
-    assert not (cfg.folder / "result.json").exists() and last(cfg)["done"] + last(cfg)["epoch"] > 0
+    assert not (cfg.folder / "result.json").exists() and last(cfg)["epoch"] == 1 and 3 <= last(cfg)["done"] <= 6
     run(cfg)
     tally("SIGTERM or Ctrl-C in a run", same(cfg, whole))
 
@@ -199,10 +209,9 @@ def test_a_signal_stops_all_processes_at_the_same_batch_and_they_go_on_together(
     "With batch norm: what is saved within an epoch has everybody's statistics"
     (whole_pair / "slow.py").write_text(SLOW)
     name, folder = f"{sig.name}{whom}", whole_pair / f"runs/{sig.name}{whom}"
+    (whole_pair / "now").unlink(missing_ok=True)
     p = started(*PAIR, "--name", name, cwd=whole_pair, how=("slow.py",))
-    end = time.time() + 120
-    while not (folder / "last.pt").exists() and time.time() < end: time.sleep(.02)
-    time.sleep(.2)                                                      # some batches into the second epoch
+    in_the_second_epoch(p, whole_pair)
     if whom == "all": os.killpg(p.pid, sig)                             # as terminals and schedulers do; torchrun passes it on once more
     else: os.kill(max(children(p.pid)), sig)
     said = p.communicate(timeout=100)[1]

@@ -2,9 +2,7 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from dataclasses import asdict
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, killed_at_the_second_shard
 from mla_nb.core import InputError, Modality, call, check_dataset, check_encoder, datasets, discover, encoders, set_seed
 from mla_nb.data.features import MLP, Extractor, Vectors, _parser, chosen, extract, extract_main, weights_of
 from mla_nb.data.prepared import load_prepared, pack, prepare, unpack
@@ -114,14 +112,7 @@ def test_kill_9_is_repaired_by_running_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = made(tmp_path / "data/iemocap-large", 1100)
     args = ["--data", folder, "--encoder", "small", "--batch_size", 16, "--device", "cpu"]
-    p = subprocess.Popen([sys.executable, str(ROOT / "data_scripts/extract_features.py"), *map(str, args), "--out", "cut"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.time() + 120
-    while not list(tmp_path.glob("cut.partial/*.arrow")) and time.time() < deadline and p.poll() is None: time.sleep(.002)
-    os.killpg(p.pid, signal.SIGKILL)
-    p.wait()
-    assert not (tmp_path / "cut").exists(), "it was faster than the test; make the dataset larger"
-    first = {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("cut.partial/*.arrow")}
-    assert first
+    first = killed_at_the_second_shard(tmp_path, "extract_features.py", *args)
     for out in ("cut", "whole"): assert cli(*args[:-2], "--out", out) is None
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole") and len(shards(tmp_path / "cut")) == 5
     assert all((tmp_path / "cut" / n).stat().st_mtime_ns == t for n, t in first.items())                # not made a second time

@@ -1,13 +1,6 @@
 """IEMOCAP: annotation files, the speaker's half, splits by session, the command line from a tree of the official layout, and what can go wrong in it."""
-import contextlib
-import io
-import json
 import os
-import runpy
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from collections import Counter
@@ -17,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from conftest import POINTER, ROOT, script
+from conftest import POINTER, killed_at_the_second_shard, script
 from mla_nb.core import InputError, check_dataset, datasets
 from mla_nb.data import media
 from mla_nb.data.iemocap import CLASSES, half, iemocap_rows, iemocap_splits, prepare_iemocap, read_emotions, read_words
@@ -147,14 +140,7 @@ def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine):
 
 def test_kill_9_is_repaired_by_running_again(mine):
     args = ["--root", str(mine), "--audio", "log_mel", "--size", "24", "--workers", "0"]
-    p = subprocess.Popen([sys.executable, str(ROOT / "data_scripts/prepare_iemocap.py"), *args, "--out", "cut"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.time() + 90
-    while not list(mine.parent.glob("cut.partial/*.arrow")) and time.time() < deadline and p.poll() is None: time.sleep(.002)
-    os.killpg(p.pid, signal.SIGKILL)
-    p.wait()
-    assert not (mine.parent / "cut").exists(), "it was faster than the test; make the miniature larger"
-    first = {f.name: f.stat().st_mtime_ns for f in mine.parent.glob("cut.partial/*.arrow")}
-    assert first
+    first = killed_at_the_second_shard(mine.parent, "prepare_iemocap.py", *args)
     for out in ("cut", "whole"): cli(*args, "--out", out)
     assert {f.name: f.read_bytes() for f in (mine.parent / "cut").iterdir()} == {f.name: f.read_bytes() for f in (mine.parent / "whole").iterdir()}
     assert all((mine.parent / "cut" / n).stat().st_mtime_ns == t for n, t in first.items())             # not made a second time

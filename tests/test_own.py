@@ -1,21 +1,14 @@
 """Data of one's own from a table, and Kinetics-Sounds from class folders: from the command line to a run, and what can be wrong with either."""
-import contextlib
 import csv
-import io
 import json
 import os
-import runpy
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import soundfile as sf
 
-from conftest import POINTER, ROOT, script
+from conftest import POINTER, killed_at_the_second_shard, script
 from mla_nb.core import InputError, check_dataset, datasets
 from mla_nb.data.media import load_prepared, write_video
 from mla_nb.data.miniature import miniature
@@ -92,14 +85,7 @@ def test_miniature_says_what_it_is(example, here):
 def test_kill_9_is_repaired_by_running_again(name, mine, clips, here):
     what = ["--table", str(mine / "table.csv")] if name == "own" else ["--root", str(clips)]
     args = [*what, "--size", "24", "--workers", "0"]
-    p = subprocess.Popen([sys.executable, str(ROOT / f"data_scripts/prepare_{name}.py"), *args, "--out", "cut"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.time() + 90
-    while not list(here.glob("cut.partial/*.arrow")) and time.time() < deadline and p.poll() is None: time.sleep(.002)
-    os.killpg(p.pid, signal.SIGKILL)
-    p.wait()
-    assert not (here / "cut").exists(), "it was faster than the test; make the example larger"
-    first = {f.name: f.stat().st_mtime_ns for f in here.glob("cut.partial/*.arrow")}
-    assert first
+    first = killed_at_the_second_shard(here, f"prepare_{name}.py", *args)
     for out in ("cut", "whole"): script(name, *args, "--out", out)
     assert {f.name: f.read_bytes() for f in (here / "cut").iterdir()} == {f.name: f.read_bytes() for f in (here / "whole").iterdir()}
     assert all((here / "cut" / n).stat().st_mtime_ns == t for n, t in first.items())
