@@ -23,7 +23,8 @@ from mla_nb.core import datasets, discover
 from mla_nb.encoders.audio import resnet18_trunk
 from mla_nb.encoders.visual import OverFrames
 from mla_nb.data.prepared import load_prepared
-from mla_nb.experiments import Run, Saver, run
+from mla_nb.checkpoints import Saver
+from mla_nb.experiments import Run, run
 from mla_nb.learner import Learner, loaders
 from parts import AUDIO, CLASSES, FRAMES, clips
 from step import CLOCK, DEVICE, bare, batch, seconds

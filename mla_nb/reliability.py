@@ -15,6 +15,7 @@ import torch
 
 from .core import *
 from .learner import *
+from .checkpoints import *
 from .experiments import *
 
 # %% ../nbs/15b_reliability.ipynb #9e30118f

@@ -13,7 +13,8 @@ from functools import cache
 from torch.utils.data import DataLoader
 
 from mla_nb.core import Ready
-from mla_nb.experiments import grid, load_run, make_dataset, plan
+from mla_nb.experiments import load_run, make_dataset
+from mla_nb.compare import grid, plan
 from mla_nb.learner import predictions, scores
 from mla_nb.missing import with_missing
 from study import HERE, write

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from mla_nb.data.digits import prepare_digits, read_archive
-from mla_nb.experiments import grid, load_pred, plan, read_history, tune
+from mla_nb.checkpoints import load_pred
+from mla_nb.experiments import read_history
+from mla_nb.compare import grid, plan, tune
 from mla_nb.evaluation import calibrated
 from mla_nb.fusion import make_rule, released_gate
 from mla_nb.learner import fuse

@@ -112,8 +112,9 @@ def ours(program, args):
     if program == "mla_predict":
         from mla_nb import predict
         return predict._parser(predict.ANY).parse_args(args)
-    given, rest = e._grid_parser().parse_known_args(args)
-    e.plan(given.dataset, ",".join(m for m in e.split_list(given.method) if m != "unimodal"), given.seed, **e.parse(rest, every=False))
+    from mla_nb import compare as c
+    given, rest = c._grid_parser().parse_known_args(args)
+    c.plan(given.dataset, ",".join(m for m in e.split_list(given.method) if m != "unimodal"), given.seed, **e.parse(rest, every=False))
     for lr in filter(None, given.lr.split(",")): assert float(lr) > 0
 
 

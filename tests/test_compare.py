@@ -4,7 +4,7 @@ import json
 import pytest
 
 from conftest import ROOT
-from mla_nb.experiments import grid, plan
+from mla_nb.compare import grid, plan
 
 
 def test_compare(tmp_path):

@@ -180,7 +180,8 @@ def test_the_command_itself(tmp_path):
     "Weights, predictions and result are those of one process, batch norm included; few steps, because rounding grows (chapter 18)"
     import json
     from safetensors.torch import load_file
-    from mla_nb.experiments import Run, load_pred, run
+    from mla_nb.checkpoints import load_pred
+    from mla_nb.experiments import Run, run
     size, common = "n_train=65,n_valid=45,n_test=50", ["--epochs", "1", "--progress", "false", "--lr", "0.01"]
     said = torchrun("--dataset_args", size, "--batch_size", "16", "--name", "two", *common, cwd=tmp_path)
     assert said.count("best epoch") == 1

@@ -29,7 +29,8 @@ from mla_nb.core import InputError, Locked, Modality, digest, discover, locked, 
 from mla_nb.data.media import read_split
 from mla_nb.data.own import own_classes, own_splits, read_table
 from mla_nb.data.prepared import check_prepared, load_prepared, prepare
-from mla_nb.experiments import (Run, Saver, States, Stopped, _callbacks, build, checkpoints, load_pred, load_run, make_dataset, mendable, parse_args, read_history, read_state, read_tensors, run, with_options)
+from mla_nb.checkpoints import (Saver, States, Stopped, checkpoints, load_pred, mendable, read_state, read_tensors)
+from mla_nb.experiments import (Run, _callbacks, build, load_run, make_dataset, parse_args, read_history, run, with_options)
 from mla_nb.fusion import fuse, make_rule
 from mla_nb.learner import Callback, Diverged, Learner, StopOnNaN, opinion
 from mla_nb.reliability import doctor, flip, killed, look, machine, main as doctor_main, room, versions
@@ -229,7 +230,7 @@ def test_a_signal_stops_all_processes_at_the_same_batch_and_they_go_on_together(
 @soak
 def test_a_signal_to_a_grid_reaches_its_runs(tmp_path):
     args = "--dataset synthetic(n_train=600,n_valid=40,n_test=40) --method concat,mla --seed 0 --epochs 40 --jobs 2 --device cpu --root runs".split()
-    begin = lambda: subprocess.Popen([sys.executable, "-c", "from mla_nb.experiments import grid_main; grid_main()", *args], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    begin = lambda: subprocess.Popen([sys.executable, "-c", "from mla_nb.compare import grid_main; grid_main()", *args], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     p, end = begin(), time.time() + 120
     while len(list(tmp_path.glob("runs/*/last.pt"))) < 2 and time.time() < end: time.sleep(.02)
     workers, end = children(p.pid), time.time() + 20
@@ -579,7 +580,7 @@ def test_a_dataset_is_prepared_by_one_process_at_a_time(toy, tmp_path):
 
 
 def test_a_grid_reports_a_run_that_is_taken(whole, tmp_path):
-    from mla_nb.experiments import grid
+    from mla_nb.compare import grid
     cfg = replace(whole, root=str(tmp_path), name="")
     cfg.folder.mkdir(parents=True)
     p = holder(cfg.folder / ".lock")

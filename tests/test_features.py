@@ -15,7 +15,8 @@ from mla_nb.core import InputError, Modality, call, check_dataset, check_encoder
 from mla_nb.data.features import MLP, Extractor, Vectors, _parser, chosen, extract, extract_main, weights_of
 from mla_nb.data.prepared import load_prepared, pack, prepare, unpack
 from mla_nb.encoders.visual import encode_image
-from mla_nb.experiments import Run, encoder_names, load_pred, load_run, make_encoders, run, show_samples
+from mla_nb.checkpoints import load_pred
+from mla_nb.experiments import Run, encoder_names, load_run, make_encoders, run, show_samples
 
 discover()
 MODS = dict(audio=Modality("audio", "features", dict(shape=[8, 8])), video=Modality("visual", "frames", dict(size=16, use=2)), text=Modality("text", "text"))

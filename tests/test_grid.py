@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mla_nb.core import InputError
-from mla_nb.experiments import Run, grid, grid_main, plan, results, tune
+from mla_nb.experiments import Run
+from mla_nb.compare import grid, grid_main, plan, results, tune
 
 DATA = "synthetic(n_train=96,n_valid=32,n_test=32)"
 
@@ -56,7 +57,7 @@ def test_a_process_that_dies_costs_nothing(tmp_path):
 
 
 def test_killed_and_started_again_it_redoes_nothing(tmp_path):
-    args = [sys.executable, "-c", "from mla_nb.experiments import grid_main; grid_main()"]
+    args = [sys.executable, "-c", "from mla_nb.compare import grid_main; grid_main()"]
     args += ["--dataset", DATA, "--method", "concat,mla", "--seed", "0:2", "--epochs", "1", "--root", str(tmp_path), "--jobs", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     p = subprocess.Popen(args, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

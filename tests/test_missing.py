@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from mla_nb.core import InputError, Modality, Ready, Samples, Splits, check_dataset, collate, discover, encoders, methods, read_json, set_seed, stack
 from mla_nb.data.synthetic import synthetic
-from mla_nb.experiments import Run, compared, load_run, main, make_dataset, plan, run, table
+from mla_nb.experiments import Run, load_run, main, make_dataset, run
+from mla_nb.compare import compared, plan, table
 from mla_nb.heads import SharedHead, make_net
 from mla_nb.learner import Learner, Loaders, Method, Schedule, Shuffle, StopOnNaN, joint_turn, loaders, predictions, scores
 from mla_nb.methods.mla import mla

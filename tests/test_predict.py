@@ -25,7 +25,8 @@ from mla_nb.data.mvsa import mvsa_rows, prepare_mvsa
 from mla_nb.data.own import kinetics_rows, own_example, prepare_kinetics, prepare_own, read_table
 from mla_nb.encoders.visual import encode_image
 from mla_nb.evaluation import calibrated
-from mla_nb.experiments import Run, load_pred, make_dataset, run
+from mla_nb.checkpoints import load_pred
+from mla_nb.experiments import Run, make_dataset, run
 from mla_nb.fusion import fixed, make_rule
 from mla_nb.heads import make_net
 from mla_nb.export import check_export, export_onnx, export_program

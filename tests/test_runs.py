@@ -14,7 +14,9 @@ from conftest import ROOT, together
 from mla_nb.core import InputError
 from mla_nb.fusion import entropy_rule
 from mla_nb.methods.qmf import energy
-from mla_nb.experiments import Run, load_pred, load_run, main, results, run, table
+from mla_nb.checkpoints import load_pred
+from mla_nb.experiments import Run, load_run, main, run
+from mla_nb.compare import results, table
 
 SMALL = dict(dataset_args="n_train=128,n_valid=64,n_test=64", epochs=3, progress=False, threads=1)
 FLAGS = ["--dataset_args", SMALL["dataset_args"], "--epochs", "3", "--progress", "false", "--threads", "1"]
@@ -281,7 +283,7 @@ def test_a_checkpoint_that_holds_code_is_not_run(tmp_path):
 
 
 def test_files_of_tensors_are_equal_byte_for_byte_and_for_others_to_read(tmp_path):
-    from mla_nb.experiments import read_tensors, save_tensors
+    from mla_nb.checkpoints import read_tensors, save_tensors
     for n in "ab": save_tensors({"x": torch.ones(3), "y": torch.zeros(2)}, tmp_path / n, mods="audio,text", more="1")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert read_tensors(tmp_path / "a")[1] == {"mods": "audio,text", "more": "1"}
@@ -311,7 +313,7 @@ def test_a_copy_of_a_run_is_no_second_seed_and_rows_say_all_that_differs(tmp_pat
 
 def test_accuracies_as_a_picture(tmp_path, capsys):
     run(Run(**{**SMALL, "epochs": 1}), root=tmp_path / "runs")
-    from mla_nb.experiments import table_main
+    from mla_nb.compare import table_main
     table_main([str(tmp_path / "runs"), "--plot", str(tmp_path / "a.png")])
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG" and "best possible" in capsys.readouterr().out
     folder = next((tmp_path / "runs").iterdir())

@@ -16,7 +16,8 @@ import matplotlib.pyplot as plt
 
 from mla_nb.core import InputError, Modality, Samples, Splits, discover, encoders, play, png, slider
 from mla_nb.data.synthetic import Knobs, bounds, play_knobs, plot_knobs, synthetic, turn_knobs
-from mla_nb.experiments import Run, browse_runs, facts, plot_runs, run, side_by_side
+from mla_nb.experiments import Run, run
+from mla_nb.compare import browse_runs, facts, plot_runs, side_by_side
 from mla_nb.fusion import four_answers, play_fusion, plot_fusion
 from mla_nb.heads import ConcatHead, SharedHead, make_net
 from mla_nb.learner import Callback, Learner, LiveView, Loaders, Method, Recorder, Shuffle, concat, plot_live

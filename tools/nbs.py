@@ -62,7 +62,7 @@ def solutions(names):
     for path in map(chapter, names or sorted(str(p) for p in (ROOT / "nbs").rglob("[0-9]*.ipynb"))):
         nb = nbformat.read(path, 4)
         blocks = [b for c in nb.cells if c.source.startswith("**Solutions**") for b in re.findall(r"^```(python|text)\n(.*?)^```", c.source, re.M | re.S)]
-        nb.cells.append(nbformat.v4.new_code_cell("import os, tempfile\nos.chdir(tempfile.mkdtemp())"))       # what solutions write is nobody's business
+        nb.cells.append(nbformat.v4.new_code_cell(f"import os, tempfile\nif os.path.samefile('.', {str(path.parent)!r}): os.chdir(tempfile.mkdtemp())"))       # what solutions write is nobody's business
         first, said = len(nb.cells), []
         for kind, text in blocks:
             if kind == "python": nb.cells.append(nbformat.v4.new_code_cell(text)); said.append(None)
