@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mla_nb.core import Batch, set_seed
+from mla_nb.core import Batch
+from mla_nb.tools import set_seed
 from mla_nb.encoders.audio import resnet18_trunk
 from mla_nb.encoders.visual import OverFrames
 from mla_nb.experiments import Run, make_opt

@@ -11,7 +11,8 @@ import random
 import torch
 
 import mla_nb.encoders.audio, mla_nb.encoders.text, mla_nb.encoders.visual      # noqa: E401  they register encoders
-from mla_nb.core import collate, discover, encoders, methods, set_seed
+from mla_nb.core import collate, discover, encoders, methods
+from mla_nb.tools import set_seed
 from mla_nb.data.synthetic import synthetic
 from mla_nb.heads import make_net
 from mla_nb.learner import Learner, Loaders, Recorder, Shuffle, StopOnNaN, sgd

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 from .core import *
+
+from .tools import *
 from .learner import *
 
 # %% ../nbs/14b_checkpoints.ipynb #43b44b6a

@@ -16,6 +16,8 @@ from torch import tensor
 import torch.nn.functional as F
 
 from .core import *
+
+from .tools import *
 from .heads import *
 from .learner import *
 from .fusion import *

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 
 from .core import *
+
+from .tools import *
 from .heads import *
 from .learner import *
 from .devices import Accelerate, Augment

@@ -15,6 +15,8 @@ import torch
 from torch import nn, tensor
 
 from .core import *
+
+from .tools import *
 from .heads import *
 from .learner import *
 from .data.synthetic import subsets

@@ -15,6 +15,8 @@ from torch import tensor
 import torch.nn.functional as F
 
 from .core import *
+
+from .tools import *
 from .learner import *
 from .methods.ensemble import mean_rule
 

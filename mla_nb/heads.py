@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 from .core import *
 
+from .tools import *
+
 # %% ../nbs/05_heads.ipynb #d326dd36
 class Head(nn.Module):
     "Features of any non-empty subset of modalities -> logits"

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Sampler
 
 from .core import *
+
+from .tools import *
 from .heads import *
 
 # %% ../nbs/06_learner.ipynb #69a3763e

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from .core import *
+
+from .tools import *
 from .encoders.audio import *
 from .encoders.visual import *
 from .encoders.text import *

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from .core import *
+
+from .tools import *
 from .learner import *
 from .checkpoints import *
 from .experiments import *

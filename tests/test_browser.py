@@ -178,6 +178,7 @@ def test_an_error_is_noticed(lab, page):
 LIVE = """
 from mla_nb.data.synthetic import synthetic
 from mla_nb.core import *
+from mla_nb.tools import *
 from mla_nb.heads import *
 from mla_nb.learner import *
 import mla_nb.encoders.audio, mla_nb.encoders.visual, mla_nb.encoders.text

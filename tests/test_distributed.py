@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from conftest import ROOT, together, torchrun
-from mla_nb.core import Batch, InputError, Modality, Samples, Splits, collate, discover, methods, set_seed
+from mla_nb.core import Batch, InputError, Modality, Samples, Splits, collate, discover, methods
+from mla_nb.tools import set_seed
 from mla_nb.devices import Accelerate, Share, backward_in_pieces, buckets, part_of
 from mla_nb.heads import SharedHead, make_net
 from mla_nb.learner import Callback, Learner, Loaders, Method, Recorder, ShardShuffle, Shuffle, StopOnNaN, loaders, predictions

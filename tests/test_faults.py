@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from torch import tensor
 
 from conftest import ROOT, started, torchrun
-from mla_nb.core import InputError, Locked, Modality, digest, discover, locked, read_json, rng_state, rules, set_rng_state
+from mla_nb.core import InputError, Modality, discover, rules
+from mla_nb.tools import Locked, digest, locked, read_json, rng_state, set_rng_state
 from mla_nb.data.media import read_split
 from mla_nb.data.own import own_classes, own_splits, read_table
 from mla_nb.data.prepared import check_prepared, load_prepared, prepare

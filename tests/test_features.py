@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from conftest import ROOT, killed_at_the_second_shard
-from mla_nb.core import InputError, Modality, call, check_dataset, check_encoder, datasets, discover, encoders, set_seed
+from mla_nb.core import InputError, Modality, call, check_dataset, check_encoder, datasets, discover, encoders
+from mla_nb.tools import set_seed
 from mla_nb.data.features import MLP, Extractor, Vectors, _parser, chosen, extract, extract_main, weights_of
 from mla_nb.data.prepared import load_prepared, pack, prepare, unpack
 from mla_nb.encoders.visual import encode_image

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mla_nb.core import InputError, Modality, Ready, Samples, Splits, check_dataset, collate, discover, encoders, methods, read_json, set_seed, stack
+from mla_nb.core import InputError, Modality, Ready, Samples, Splits, check_dataset, collate, discover, encoders, methods, stack
+from mla_nb.tools import read_json, set_seed
 from mla_nb.data.synthetic import synthetic
 from mla_nb.experiments import Run, load_run, main, make_dataset, run
 from mla_nb.compare import compared, plan, table

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import ROOT
-from mla_nb.core import Batch, InputError, discover, methods, set_seed
+from mla_nb.core import Batch, InputError, discover, methods
+from mla_nb.tools import set_seed
 from mla_nb.devices import Accelerate, Augment, OnDevice, backward_in_pieces, compile_encoders, tensors
 from mla_nb.encoders.visual import Pixels
 from mla_nb.experiments import Run, build, fused_sgd, make_dataset, make_opt, run

@@ -14,7 +14,8 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from mla_nb.core import InputError, Modality, Samples, Splits, discover, encoders, play, png, slider
+from mla_nb.core import InputError, Modality, Samples, Splits, discover, encoders
+from mla_nb.tools import play, png, slider
 from mla_nb.data.synthetic import Knobs, bounds, play_knobs, plot_knobs, synthetic, turn_knobs
 from mla_nb.experiments import Run, run
 from mla_nb.compare import browse_runs, facts, plot_runs, side_by_side

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 
 from ..core import *
+
+from ..tools import *
 from .prepared import *
 from .media import *
 

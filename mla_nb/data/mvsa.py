@@ -12,6 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 from ..core import *
+
+from ..tools import *
 from .prepared import *
 from .media import *
 from .food101 import *

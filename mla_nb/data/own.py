@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core import *
+
+from ..tools import *
 from .prepared import *
 from .media import *
 from .miniature import clip_of, moods

@@ -18,6 +18,8 @@ import numpy as np, torch
 from torch.utils.data import Dataset
 
 from ..core import *
+
+from ..tools import *
 from ..encoders.visual import decode_image
 
 # %% ../../nbs/data/19_prepared.ipynb #5f91593e

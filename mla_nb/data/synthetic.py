@@ -15,6 +15,8 @@ import numpy as np, torch
 
 from ..core import *
 
+from ..tools import *
+
 # %% ../../nbs/01_synthetic.ipynb #644eaed4
 MOODS = ['happy', 'sly', 'worried', 'stern', 'sad', 'angry']
 BLANK = len(MOODS)      # the seventh state: nothing is expressed

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 
 from ..core import *
 
+from ..tools import *
+
 # %% ../../nbs/02_audio.ipynb #da330bb2
 def log_spectrogram(
     wave,           # (…,T) waveform

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..core import *
+
+from ..tools import *
 from .audio import *
 from .visual import *
 from .text import *

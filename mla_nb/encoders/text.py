@@ -13,6 +13,8 @@ from torch import nn
 import torch.nn.functional as F
 
 from ..core import *
+
+from ..tools import *
 from .audio import with_prep
 
 # %% ../../nbs/04_text.ipynb #ace05be8

@@ -14,6 +14,8 @@ from torch import nn
 import torch.nn.functional as F
 
 from ..core import *
+
+from ..tools import *
 from .audio import *
 
 # %% ../../nbs/03_visual.ipynb #b40f56cd

@@ -13,6 +13,8 @@ from torch import nn, tensor
 import torch.nn.functional as F
 
 from ..core import *
+
+from ..tools import *
 from ..heads import *
 from ..learner import *
 

@@ -11,6 +11,8 @@ from dataclasses import replace
 import torch
 
 from ..core import *
+
+from ..tools import *
 from ..heads import *
 from ..learner import *
 from .ensemble import *

@@ -10,6 +10,8 @@ import torch
 from torch import tensor
 
 from ..core import *
+
+from ..tools import *
 from ..heads import *
 from ..learner import *
 
