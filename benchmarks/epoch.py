@@ -25,7 +25,8 @@ from mla_nb.encoders.visual import OverFrames
 from mla_nb.data.prepared import load_prepared
 from mla_nb.checkpoints import Saver
 from mla_nb.experiments import Run, run
-from mla_nb.learner import Learner, loaders
+from mla_nb.learner import Learner
+from mla_nb.batches import loaders
 from parts import AUDIO, CLASSES, FRAMES, clips
 from step import CLOCK, DEVICE, bare, batch, seconds
 

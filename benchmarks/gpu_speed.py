@@ -25,7 +25,9 @@ from mla_nb.encoders.visual import OverFrames
 from mla_nb.experiments import Run, make_opt
 from mla_nb.heads import make_net
 from mla_nb.devices import Accelerate
-from mla_nb.learner import Learner, Loaders, Recorder, Shuffle, StopOnNaN
+from mla_nb.learner import Learner, Recorder
+from mla_nb.watching import StopOnNaN
+from mla_nb.batches import Loaders, Shuffle
 from mla_nb.methods.mla import mla
 
 CLASSES = 6

@@ -25,7 +25,9 @@ import torch
 from mla_nb.core import Batch
 from mla_nb.encoders.masked import M3AE, SIZES, of_size
 from mla_nb.heads import ConcatHead, make_net
-from mla_nb.learner import Learner, Loaders, Method, Recorder, Shuffle, StopOnNaN, nbytes
+from mla_nb.learner import Learner, Method, Recorder
+from mla_nb.watching import StopOnNaN
+from mla_nb.batches import Loaders, Shuffle, nbytes
 from mla_nb.methods.mla import mla
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

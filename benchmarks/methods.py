@@ -15,7 +15,9 @@ from mla_nb.core import collate, discover, encoders, methods
 from mla_nb.tools import set_seed
 from mla_nb.data.synthetic import synthetic
 from mla_nb.heads import make_net
-from mla_nb.learner import Learner, Loaders, Recorder, Shuffle, StopOnNaN, sgd
+from mla_nb.learner import Learner, Recorder, sgd
+from mla_nb.watching import StopOnNaN
+from mla_nb.batches import Loaders, Shuffle
 from step import DEVICE, seconds
 
 

@@ -20,7 +20,9 @@ from mla_nb.data.media import media_modalities, media_options
 from mla_nb.data.prepared import load_prepared, prepare
 from mla_nb.encoders.audio import resnet18_trunk
 from mla_nb.encoders.visual import OverFrames, Pixels, encode_image
-from mla_nb.learner import Learner, Loaders, Recorder, Shuffle, StopOnNaN
+from mla_nb.learner import Learner, Recorder
+from mla_nb.watching import StopOnNaN
+from mla_nb.batches import Loaders, Shuffle
 from mla_nb.heads import make_net
 from mla_nb.methods.mla import mla
 from step import DEVICE, seconds

@@ -27,7 +27,9 @@ from mla_nb.data.synthetic import synthetic
 from mla_nb.encoders.audio import resnet18_trunk
 from mla_nb.encoders.visual import OverFrames
 from mla_nb.heads import ConcatHead, make_net
-from mla_nb.learner import Learner, Loaders, Method, Recorder, Shuffle, StopOnNaN
+from mla_nb.learner import Learner, Method, Recorder
+from mla_nb.watching import StopOnNaN
+from mla_nb.batches import Loaders, Shuffle
 from mla_nb.methods.mla import mla
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,6 +18,7 @@ from .core import *
 
 from .tools import *
 from .learner import *
+from .batches import *
 
 # %% ../nbs/14b_checkpoints.ipynb #43b44b6a
 def save_tensors(

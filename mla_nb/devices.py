@@ -21,6 +21,7 @@ from .core import *
 from .tools import *
 from .heads import *
 from .learner import *
+from .batches import *
 
 # %% ../nbs/06b_devices.ipynb #8517fc20
 def filled(learn, z, turn)->dict:

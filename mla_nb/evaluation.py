@@ -20,6 +20,7 @@ from .core import *
 from .tools import *
 from .heads import *
 from .learner import *
+from .batches import *
 from .fusion import *
 
 # %% ../nbs/14_evaluation.ipynb #298f7b32

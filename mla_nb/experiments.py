@@ -22,6 +22,8 @@ from .core import *
 from .tools import *
 from .heads import *
 from .learner import *
+from .watching import *
+from .batches import *
 from .devices import Accelerate, Augment
 from .fusion import *
 from .missing import FILLS, draw_item, rate_text, with_missing

@@ -18,6 +18,7 @@ from .core import *
 
 from .tools import *
 from .learner import *
+from .batches import *
 from .methods.ensemble import mean_rule
 
 # %% ../nbs/11_fusion.ipynb #1fe50f8f

@@ -21,6 +21,7 @@ from .core import *
 from .tools import *
 from .heads import *
 from .learner import *
+from .batches import *
 
 # %% ../nbs/13_missing.ipynb #d3b8c77b
 def as_rate(

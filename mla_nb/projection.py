@@ -17,6 +17,7 @@ from .core import *
 from .tools import *
 from .heads import *
 from .learner import *
+from .batches import *
 
 # %% ../nbs/10_projection.ipynb #f510eb7b
 def update_projection(

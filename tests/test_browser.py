@@ -181,6 +181,8 @@ from mla_nb.core import *
 from mla_nb.tools import *
 from mla_nb.heads import *
 from mla_nb.learner import *
+from mla_nb.watching import *
+from mla_nb.batches import *
 import mla_nb.encoders.audio, mla_nb.encoders.visual, mla_nb.encoders.text
 s = synthetic(n_train=200, n_valid=60, n_test=60)
 encs = {m: encoders[f'small_{mod.kind}'](mod, s.train.column(m)) for m, mod in s.modalities.items()}

@@ -19,7 +19,9 @@ from mla_nb.core import Batch, InputError, Modality, Samples, Splits, collate, d
 from mla_nb.tools import set_seed
 from mla_nb.devices import Accelerate, Share, backward_in_pieces, buckets, part_of
 from mla_nb.heads import SharedHead, make_net
-from mla_nb.learner import Callback, Learner, Loaders, Method, Recorder, ShardShuffle, Shuffle, StopOnNaN, loaders, predictions
+from mla_nb.learner import Callback, Learner, Method, Recorder, predictions
+from mla_nb.watching import StopOnNaN
+from mla_nb.batches import Loaders, ShardShuffle, Shuffle, loaders
 from mla_nb.projection import GradProjection
 
 MODS, CLASSES = ("audio", "visual", "text"), 4

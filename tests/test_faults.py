@@ -33,7 +33,8 @@ from mla_nb.data.prepared import check_prepared, load_prepared, prepare
 from mla_nb.checkpoints import (Saver, States, Stopped, checkpoints, load_pred, mendable, read_state, read_tensors)
 from mla_nb.experiments import (Run, _callbacks, build, load_run, make_dataset, parse_args, read_history, run, with_options)
 from mla_nb.fusion import fuse, make_rule
-from mla_nb.learner import Callback, Diverged, Learner, StopOnNaN, opinion
+from mla_nb.learner import Callback, Diverged, Learner, opinion
+from mla_nb.watching import StopOnNaN
 from mla_nb.reliability import doctor, flip, killed, look, machine, main as doctor_main, room, versions
 
 TINY = dict(dataset_args="n_train=96,n_valid=32,n_test=32,size=16", batch_size=16, epochs=3, method_args="order=random", progress=False, threads=1)
@@ -276,9 +277,9 @@ def test_going_on_within_an_epoch_gives_the_same_bits(whole, at):
 
 def test_a_split_that_is_read_in_workers_goes_on_too(whole, tmp_path):
     from functools import partial
-    from mla_nb import learner
+    from mla_nb import batches
     cfg = replace(another(whole, "workers"), workers=2, root=str(tmp_path))
-    with patch("mla_nb.experiments.loaders", partial(learner.loaders, ready=0)):
+    with patch("mla_nb.experiments.loaders", partial(batches.loaders, ready=0)):
         with also(Cut()), pytest.raises(Stopped): run(cfg)
         run(cfg)
     assert same(cfg, whole)
@@ -535,7 +536,7 @@ def test_other_errors_stay_what_they_are(whole):
 @soak
 def test_a_worker_that_is_really_killed(whole, tmp_path):
     from functools import partial
-    from mla_nb import learner
+    from mla_nb import batches
 
     class Murder(Callback):
         def after_batch(self, learn):
@@ -545,7 +546,7 @@ def test_a_worker_that_is_really_killed(whole, tmp_path):
                     except OSError: continue
                     if mine: os.kill(int(p.name), signal.SIGKILL)
     cfg = replace(whole, root=str(tmp_path), workers=2)
-    with patch("mla_nb.experiments.loaders", partial(learner.loaders, ready=0)), also(Murder()), pytest.raises(InputError, match="a process that prepares batches has died"): run(cfg)
+    with patch("mla_nb.experiments.loaders", partial(batches.loaders, ready=0)), also(Murder()), pytest.raises(InputError, match="a process that prepares batches has died"): run(cfg)
     run(cfg)
     tally("device out of memory, worker killed, quota", same(cfg, whole))
 
@@ -631,7 +632,7 @@ def test_on_a_gpu_one_look_finds_the_first_of_many(whole):
 
 
 def test_ids_of_a_prepared_split_reach_the_batches(toy):
-    from mla_nb.learner import loaders
+    from mla_nb.batches import loaders
     from mla_nb.missing import with_missing
     s = load_prepared(toy)
     for part in (s, with_missing(s, "text=.5")):

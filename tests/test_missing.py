@@ -13,7 +13,9 @@ from mla_nb.data.synthetic import synthetic
 from mla_nb.experiments import Run, load_run, main, make_dataset, run
 from mla_nb.compare import compared, plan, table
 from mla_nb.heads import SharedHead, make_net
-from mla_nb.learner import Learner, Loaders, Method, Schedule, Shuffle, StopOnNaN, joint_turn, loaders, predictions, scores
+from mla_nb.learner import Learner, Method, Schedule, joint_turn, predictions, scores
+from mla_nb.watching import StopOnNaN
+from mla_nb.batches import Loaders, Shuffle, loaders
 from mla_nb.methods.mla import mla
 from mla_nb.methods.qmf import QMFLoss
 from mla_nb.missing import Hidden, as_rate, bayes_left, blank, hide, missing_mask, rate_text, sweep, with_missing

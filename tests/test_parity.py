@@ -23,7 +23,8 @@ from mla_nb.encoders.audio import excerpt, fbank, log_spectrogram, tile
 from mla_nb.encoders.masked import M3AE, fill, pooled, renamed, table
 from mla_nb.fusion import entropy, entropy_rule, fixed, released_gate
 from mla_nb.heads import ConcatHead, FilmHead, GatedHead, Net, SharedHead, SumHead, make_net
-from mla_nb.learner import Callback, Learner, Loaders, Method, Shuffle, fuse
+from mla_nb.learner import Callback, Learner, Method, fuse
+from mla_nb.batches import Loaders, Shuffle
 from mla_nb.methods.ensemble import alternating
 from mla_nb.methods.ogm import OGM, brakes, true_class
 from mla_nb.methods.qmf import QMFLoss, confidence

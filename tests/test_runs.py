@@ -110,11 +110,11 @@ def test_init_starts_from_the_weights_of_another_run(tmp_path):
 
 
 def test_workers_give_the_same_result(tmp_path):
-    from mla_nb import learner
+    from mla_nb import batches
     from unittest.mock import patch
     from functools import partial
     a = run(Run(**SMALL), root=tmp_path / "a")
-    with patch("mla_nb.experiments.loaders", partial(learner.loaders, ready=0)): b = run(Run(**SMALL, workers=2), root=tmp_path / "b")
+    with patch("mla_nb.experiments.loaders", partial(batches.loaders, ready=0)): b = run(Run(**SMALL, workers=2), root=tmp_path / "b")
     assert same(weights(tmp_path / "a" / a["id"]), weights(tmp_path / "b" / b["id"]))
 
 

@@ -17,7 +17,8 @@ from mla_nb.devices import Accelerate, Augment, OnDevice, backward_in_pieces, co
 from mla_nb.encoders.visual import Pixels
 from mla_nb.experiments import Run, build, fused_sgd, make_dataset, make_opt, run
 from mla_nb.heads import SharedHead, make_net
-from mla_nb.learner import Learner, Loaders, Method, Recorder, Shuffle, loaders, predictions
+from mla_nb.learner import Learner, Method, Recorder, predictions
+from mla_nb.batches import Loaders, Shuffle, loaders
 from mla_nb.methods.mla import mla
 from mla_nb.projection import GradProjection, check_projection, project, project_factor, update_factor, update_projection
 

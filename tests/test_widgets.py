@@ -21,7 +21,9 @@ from mla_nb.experiments import Run, run
 from mla_nb.compare import browse_runs, facts, plot_runs, side_by_side
 from mla_nb.fusion import four_answers, play_fusion, plot_fusion
 from mla_nb.heads import ConcatHead, SharedHead, make_net
-from mla_nb.learner import Callback, Learner, LiveView, Loaders, Method, Recorder, Shuffle, concat, plot_live
+from mla_nb.learner import Callback, Learner, Method, Recorder, concat
+from mla_nb.watching import LiveView, plot_live
+from mla_nb.batches import Loaders, Shuffle
 from mla_nb.learner import _toy
 from mla_nb.missing import asker, browse_samples, draw_item, opinions, plot_sample, sonify, sound, wav
 from mla_nb.projection import play_projection, plot_projection, remember, unit

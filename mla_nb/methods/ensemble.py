@@ -17,6 +17,7 @@ from ..core import *
 from ..tools import *
 from ..heads import *
 from ..learner import *
+from ..batches import *
 
 # %% ../../nbs/09_alternating.ipynb #7bbee255
 def alternating(

@@ -15,6 +15,7 @@ from ..core import *
 from ..tools import *
 from ..heads import *
 from ..learner import *
+from ..batches import *
 from .ensemble import *
 from ..projection import *
 from ..fusion import *

@@ -14,6 +14,7 @@ from ..core import *
 from ..tools import *
 from ..heads import *
 from ..learner import *
+from ..batches import *
 
 # %% ../../nbs/07_modulation.ipynb #ae282252
 def true_class(

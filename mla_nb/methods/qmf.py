@@ -15,6 +15,7 @@ from ..core import *
 from ..tools import *
 from ..heads import *
 from ..learner import *
+from ..batches import *
 
 # %% ../../nbs/08_confidence.ipynb #5e3522ea
 def confidence(
