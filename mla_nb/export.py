@@ -20,7 +20,8 @@ from .tools import *
 from .heads import *
 from .learner import *
 from .data.synthetic import subsets
-from .predict import Predictor, exporters
+from .predict import Predictor
+from .ask import exporters
 
 # %% ../nbs/17b_export.ipynb #9fae9b4f
 def by_subset(

@@ -110,8 +110,8 @@ def ours(program, args):
         assert not any(a.startswith("-") for a in args)
         return
     if program == "mla_predict":
-        from mla_nb import predict
-        return predict._parser(predict.ANY).parse_args(args)
+        from mla_nb import ask
+        return ask._parser(ask.ANY).parse_args(args)
     from mla_nb import compare as c
     given, rest = c._grid_parser().parse_known_args(args)
     c.plan(given.dataset, ",".join(m for m in e.split_list(given.method) if m != "unimodal"), given.seed, **e.parse(rest, every=False))

@@ -30,7 +30,8 @@ from mla_nb.experiments import Run, make_dataset, run
 from mla_nb.fusion import fixed, make_rule
 from mla_nb.heads import make_net
 from mla_nb.export import check_export, export_onnx, export_program
-from mla_nb.predict import Predictor, answer_table, main
+from mla_nb.predict import Predictor
+from mla_nb.ask import answer_table, main
 
 TINY = dict(dataset_args=dict(n_train=64, n_valid=32, n_test=48), epochs=1, progress=False)
 MEDIA = dict(audio="log_mel", seconds=1., size=24, progress=False)
@@ -362,7 +363,7 @@ def test_no_row_is_answered_twice(p, files, monkeypatch):
 def test_killed_for_real(moods, files):
     "SIGKILL in the middle; the same command goes on, and its output is that of an undisturbed one"
     table([dict(files[i % 6], id=f"r{i}") for i in range(60)])
-    code = "import os; from pathlib import Path; from mla_nb import predict as P; real = P.answer_rows\ndef dies(*a): len(list(Path('.').glob('out.csv.partial/0*.json'))) < 3 or os.kill(os.getpid(), 9); return real(*a)\nP.answer_rows = dies; P.main()"
+    code = "import os; from pathlib import Path; from mla_nb import ask as P; real = P.answer_rows\ndef dies(*a): len(list(Path('.').glob('out.csv.partial/0*.json'))) < 3 or os.kill(os.getpid(), 9); return real(*a)\nP.answer_rows = dies; P.main()"
     command = [sys.executable, "-c", code, str(moods[0]), "--csv", "t.csv", "--out", "out.csv", "--batch_size", "2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     job = subprocess.run(command, env=env, capture_output=True, text=True)
