@@ -22,6 +22,8 @@ from .encoders.audio import *
 from .encoders.visual import *
 from .encoders.text import *
 from .encoders.masked import *
+from .encoders.patched import *
+from .encoders.weights import *
 from .heads import *
 from .learner import *
 from .fusion import make_rule

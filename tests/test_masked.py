@@ -12,8 +12,9 @@ from torch import nn
 
 from mla_nb.core import InputError, Modality, call, encoders
 from mla_nb.data.synthetic import faces, sentences, synthetic, voices
-from mla_nb.encoders.masked import (CAVMAE, M3AE, POOLS, SIZES, Bands, Body, band_prep, fill, load_arrays, load_cavmae, load_m3ae, load_tensors, load_tokenizer,
-                                    of_size, one_path, partly_frozen, patch_prep, patchify, regrid, sincos, table)
+from mla_nb.encoders.masked import CAVMAE, M3AE, POOLS, SIZES, Body, of_size, patchify, regrid, sincos, table
+from mla_nb.encoders.patched import Bands, band_prep, load_tokenizer, patch_prep
+from mla_nb.encoders.weights import fill, load_arrays, load_cavmae, load_m3ae, load_tensors, one_path, partly_frozen
 from mla_nb.experiments import Run, encoder_names, load_run, make_encoders, run
 from mla_nb.learner import predict
 

@@ -20,7 +20,8 @@ from torch import nn
 from conftest import ROOT
 from mla_nb.core import Batch
 from mla_nb.encoders.audio import excerpt, fbank, log_spectrogram, tile
-from mla_nb.encoders.masked import M3AE, fill, pooled, renamed, table
+from mla_nb.encoders.masked import M3AE, pooled, table
+from mla_nb.encoders.weights import fill, renamed
 from mla_nb.fusion import entropy, entropy_rule, fixed, released_gate
 from mla_nb.heads import ConcatHead, FilmHead, GatedHead, Net, SharedHead, SumHead, make_net
 from mla_nb.learner import Callback, Learner, Method, fuse

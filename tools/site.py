@@ -21,7 +21,7 @@ HIDDEN = re.compile(r"^\s*#\s*\|\s*(hide\s*$|default_exp|export\s*$|exporti)", r
 ECHO = re.compile(r"^\s*#\s*\|\s*echo:\s*false", re.M)
 ALT = re.compile(r"^\s*#\s*\|\s*fig-alt:\s*(.+)$", re.M)
 WIDGET = "application/vnd.jupyter.widget-view+json"
-PARTS = [("Foundations", "00 00b 01 02 03 04 04b 04c 05 05b 06 06a 06b"), ("Methods", "07 08 09 10 11 12 13"), ("Experiments", "14 14b 15 15a 15b 16 17 17a 17b 17c 18"), ("Data", "19 19b 19c 20 21 22 23 24 25 26")]
+PARTS = [("Foundations", "00 00b 01 02 03 04 04b 04c 04d 04e 05 05b 06 06a 06b"), ("Methods", "07 08 09 10 11 12 13"), ("Experiments", "14 14b 15 15a 15b 16 17 17a 17b 17c 18"), ("Data", "19 19b 19c 20 21 22 23 24 25 26")]
 
 
 def settings():
