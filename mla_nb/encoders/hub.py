@@ -24,7 +24,6 @@ from ..tools import *
 from .audio import *
 from .visual import *
 from .text import *
-from .weights import partly_frozen
 
 # %% ../../nbs/04e_hub.ipynb #ecf8e735
 FILES = ['config.json', '*config.json', 'tokenizer*', 'vocab*', 'merges.txt', 'special_tokens_map.json', '*.model', '*.safetensors', '*.safetensors.index.json']
