@@ -2,19 +2,21 @@
 import ast
 import json
 import re
-from statistics import median
+from statistics import median, quantiles
 
 import pytest
 
 from conftest import ROOT
 
 CHAPTERS = sorted((p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if "experiments" not in p.parts and ".ipynb_checkpoints" not in p.parts), key=lambda p: p.name)
-LIMITS = dict(median=4, longest=30, plots=4, asserted=.6, demonstrated=1.)
+LIMITS = dict(cells=70, median=4, longest=30, plots=4, asserted=.6, demonstrated=1.)
 EXCEPTIONS = {      # chapter -> limit -> (how far it may be broken, why)
+    "04e": dict(cells=(100, "six families of encoders from the hub share one way in, and each has to be shown")),
     "06b": dict(median=(5, "half of the cells are the methods of a team")),
-    "15": dict(longest=(39, "Run is a table: one line for every field")),
+    "13": dict(cells=(71, "masks, sweeps, a widget and a comparison share one trained net, so halves would train it twice")),
+    "15": dict(cells=(77, "one run from its name to its result, which cannot be told in halves"), longest=(39, "Run is a table: one line for every field")),
     "18": dict(median=(5, "measurements need a few lines each")),
-    "19b": dict(plots=(2, "about containers, codecs and command lines: there are frames and spectrograms to see, and no more")),
+    "19b": dict(cells=(81, "every kind of file has its own way to be broken, and its own sentence"), plots=(2, "about containers, codecs and command lines: there are frames and spectrograms to see, and no more")),
     "19c": dict(plots=(1, "about folders and file names; one picture of each miniature")),
 }
 EXPORT = re.compile(r"^#\|\s*exports?\s*$", re.M)
@@ -55,7 +57,7 @@ def measured(path):
     shown = [n for k, n in where if any(mentions(n, code[j]["source"]) for j in plain if j > k)]
     sure = [n for k, n in where if any(mentions(n, code[j]["source"]) and CHECKS.search(code[j]["source"]) for j in [j for j in plain if j > k][:NEAR])]
     words = sum(len(c["source"].split("**Solutions**")[0].split()) for c in cells(path, "markdown"))
-    return dict(cells=len(code), median=median(length), longest=max(length), plots=sum(map(pictures, code)), words=words / sum(length),
+    return dict(cells=len(code), median=median(length), p90=quantiles([*length, *length], n=10)[-1], longest=max(length), plots=sum(map(pictures, code)), words=words / sum(length),
                 asserted=len(sure) / len(where) if where else 1., demonstrated=len(shown) / len(where) if where else 1.,
                 hidden=sorted({n for _, n in where} - set(shown)), unsure=sorted({n for _, n in where} - set(sure)), longs=[k for k, n in enumerate(length) if n > LIMITS["longest"]])
 
@@ -63,14 +65,14 @@ def measured(path):
 def over(row, excused={}):
     "The limits that a chapter breaks"
     limit = {**LIMITS, **{k: v for k, (v, _) in excused.items()}}
-    return [k for k in ("median", "longest") if row[k] > limit[k]] + [k for k in ("plots", "asserted", "demonstrated") if row[k] < limit[k]]
+    return [k for k in ("cells", "median", "longest") if row[k] > limit[k]] + [k for k in ("plots", "asserted", "demonstrated") if row[k] < limit[k]]
 
 
 @pytest.fixture(scope="module")
 def table():
     rows = {number(p): measured(p) for p in CHAPTERS}
-    print("\nchapter  cells  median  longest  plots  words/line  asserted  demonstrated")
-    for n, r in rows.items(): print(f"{n:7} {r['cells']:6} {r['median']:7g} {r['longest']:8} {r['plots']:6} {r['words']:11.1f} {r['asserted']:9.0%} {r['demonstrated']:13.0%}")
+    print("\nchapter  cells  median  p90  longest  plots  words/line  asserted  demonstrated")
+    for n, r in rows.items(): print(f"{n:7} {r['cells']:6} {r['median']:7g} {r['p90']:4.0f} {r['longest']:8} {r['plots']:6} {r['words']:11.1f} {r['asserted']:9.0%} {r['demonstrated']:13.0%}")
     return rows
 
 
