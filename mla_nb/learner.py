@@ -20,7 +20,6 @@ from torch import nn, tensor
 import torch.nn.functional as F
 
 from .core import *
-
 from .tools import *
 from .heads import *
 from .batches import *
@@ -406,7 +405,7 @@ def check_method(
     net = make_net(method.head, encs, 3)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     learn = Learner(net, Loaders([b, b], [b], [b], Shuffle(24)), method, cbs=[Recorder(1)]).fit(1)
-    assert all(math.isfinite(v) for v in learn.history[0]['train']['loss'].values()), f"{factory.__name__}: the loss is not finite"
+    assert all(math.isfinite(v) for what in ('loss', 'grad') for v in learn.history[0]['train'][what].values()), f"{factory.__name__}: a loss or a gradient is not finite"
     still = [k for k, v in net.named_parameters() if v.requires_grad and v.equal(before[k])]
     assert not still, f"{factory.__name__} never moved {still}"
     half = {m: torch.rand(24) > .5 for m in mods}
