@@ -8,14 +8,13 @@ __all__ = ['FULL', 'CLOSED', 'save_tensors', 'read_tensors', 'seal', 'check_seal
            'save_pred', 'load_pred']
 
 # %% ../nbs/14b_checkpoints.ipynb #1f66f7b4
-import errno, json, math, os, re, signal, subprocess, sys, threading, time, warnings
+import errno, json, math, os, re, signal, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from .core import *
-
 from .tools import *
 from .learner import *
 from .batches import *

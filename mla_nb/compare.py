@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from .core import *
-
 from .tools import *
 from .learner import *
 from .checkpoints import *
@@ -282,9 +281,6 @@ def tune(
             for k, c in groups.items() for lr in lrs]
     return [replace(c, lr=best[key(c)]) for c in runs], rows
 
-# %% ../nbs/15a_compare.ipynb #a5f5120f
-def _options(args): return '(' + ', '.join(f'{k}={v}' for k, v in args.items()) + ')' if args else ''
-
 # %% ../nbs/15a_compare.ipynb #b2f879a8
 def compared(
     root,           # folder of runs
@@ -296,7 +292,7 @@ def compared(
         what = {**asdict(Run()), **r['run']}
         if dataset and what['dataset'] != dataset: continue
         odd = ''.join(f' {k}={what[k]}' for k in ('missing', 'missing_test', 'missing_fill', 'rule', 'temperature', 'encoder') if what[k] != _base(what)[k])
-        out[what['dataset'] + _options(what['dataset_args'])][what['method'] + _options(what['method_args']) + odd].append(r)
+        out[with_args(what['dataset'], what['dataset_args'])][with_args(what['method'], what['method_args']) + odd].append(r)
     if not out: raise InputError(f"root={str(root)!r}: no finished run{f' on {dataset}' if dataset else ''} there; make some with mla_grid, or name another folder.")
     return out
 

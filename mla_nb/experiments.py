@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESET', 'LIMITS', 'ELSEWHERE', 'Checked', 'Described', 'Run', 'parse_args', 'split_list', 'with_options',
-           'make_dataset', 'make_method', 'encoder_names', 'TensorBoard', 'make_encoders', 'make_opt', 'fused_sgd',
-           'environment', 'data_checksum', 'claim', 'build', 'run', 'fit', 'load_run', 'read_history', 'plot_losses',
-           'plot_weights', 'plot_confusion', 'show_samples', 'parse', 'summary', 'main', 'leave']
+           'with_args', 'make_dataset', 'make_method', 'encoder_names', 'make_encoders', 'make_opt', 'fused_sgd',
+           'environment', 'TensorBoard', 'data_checksum', 'claim', 'build', 'run', 'fit', 'load_run', 'read_history',
+           'plot_losses', 'plot_weights', 'plot_confusion', 'show_samples', 'parse', 'summary', 'main', 'leave']
 
 # %% ../nbs/15_experiments.ipynb #a0949d8d
 import argparse, ast, hashlib, json, math, os, platform, re, shutil, signal, subprocess, sys
@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from .core import *
-
 from .tools import *
 from .heads import *
 from .learner import *
@@ -186,6 +185,13 @@ def with_options(
     if bracket and not rest.endswith(')'): raise InputError(f"{v!r}: the parenthesis is never closed; write name(option=value,…).")
     return name.strip(), parse_args(rest.removesuffix(')'))
 
+# %% ../nbs/15_experiments.ipynb #7d209843
+def with_args(
+    name:str, args:dict,    # 'mla', {'norm': True}
+)->str:                     # 'mla(norm=True)'
+    "A name and its options as one text, as `with_options` reads it"
+    return f"{name}({','.join(f'{k}={v}' for k, v in args.items())})" if args else name
+
 # %% ../nbs/15_experiments.ipynb #d7033b0e
 def make_dataset(cfg:Run)->Splits:
     "The dataset of a run, less what is to be missing"
@@ -228,20 +234,6 @@ def _encoder(m, mod, family, options):
                          f"it reads vectors of extracted features, and the items are of the form {mod.form!r}; extract features first (data_scripts/extract_features.py), or choose another encoder."))
     return f'{family}_{kind}', {**options, **({'model': model} if colon else {})}
 
-# %% ../nbs/15_experiments.ipynb #bedf7bda
-class TensorBoard(Callback):
-    "Write the Recorder's numbers as TensorBoard events"
-    order = 30
-    def __init__(self, folder): self.folder, self.out = Path(folder), None
-    def before_fit(self, learn):
-        from torch.utils.tensorboard import SummaryWriter
-        self.out = SummaryWriter(self.folder, purge_step=learn.epoch)
-    def after_epoch(self, learn):
-        for part in ('train', 'valid'):
-            for what, values in learn.row[part].items():
-                for name, v in values.items(): self.out.add_scalar(f'{what}/{part}/{name}', v, learn.epoch)
-    def after_fit(self, learn): self.out and self.out.close()
-
 # %% ../nbs/15_experiments.ipynb #1db932d9
 def make_encoders(
     names:dict,     # modality -> (name in the registry, options), from `encoder_names`
@@ -283,6 +275,20 @@ def environment()->dict:
     return dict(python=platform.python_version(), **{n: found(n) for n in ('mla_nb', 'torch', 'torchvision', 'torchaudio', 'transformers', 'datasets')},
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', threads=torch.get_num_threads(),
                 commit=git.stdout.strip() if git and git.returncode == 0 else None)
+
+# %% ../nbs/15_experiments.ipynb #bedf7bda
+class TensorBoard(Callback):
+    "Write the Recorder's numbers as TensorBoard events"
+    order = 30
+    def __init__(self, folder): self.folder, self.out = Path(folder), None
+    def before_fit(self, learn):
+        from torch.utils.tensorboard import SummaryWriter
+        self.out = SummaryWriter(self.folder, purge_step=learn.epoch)
+    def after_epoch(self, learn):
+        for part in ('train', 'valid'):
+            for what, values in learn.row[part].items():
+                for name, v in values.items(): self.out.add_scalar(f'{what}/{part}/{name}', v, learn.epoch)
+    def after_fit(self, learn): self.out and self.out.close()
 
 # %% ../nbs/15_experiments.ipynb #04958ce1
 def data_checksum(
@@ -540,18 +546,19 @@ def _epilog():
 # %% ../nbs/15_experiments.ipynb #f23f51fd
 def summary(r)->str:
     "Test accuracy of one result in %, per modality and fused, as a Markdown table"
-    names = list(r['test']['accuracy'])
+    names, what = list(r['test']['accuracy']), r['run']
     row = lambda head, found: f"| {head} | {' | '.join(f'{100 * found[k]:.1f}' if k in found else '–' for k in names)} |"
-    args = ''.join(f' {k}={v}' for k, v in r['run']['method_args'].items())
-    lines = [f"| {r['run']['dataset']}, {r['run']['method']}{args} | {' | '.join(names)} |", '|---' * (1 + len(names)) + '|', row('accuracy on test, %', r['test']['accuracy'])]
+    head = f"{with_args(what['dataset'], what['dataset_args'])}, {with_args(what['method'], what['method_args'])}"
+    lines = [f"| {head} | {' | '.join(names)} |", '|---' * (1 + len(names)) + '|', row('accuracy on test, %', r['test']['accuracy'])]
     return '\n'.join(lines + ([row('*best possible*', r['bayes'])] if r['bayes'] else []))
 
 # %% ../nbs/15_experiments.ipynb #b73900fe
 def main(argv=None):
     "Entry point of `mla_run`"
     try:
-        r = run(parse(sys.argv[1:] if argv is None else argv))
-        if is_main(): print(summary(r) + f"\n\nbest epoch {r['best_epoch']}, {r['seconds']:.0f} s of training")
+        cfg = parse(sys.argv[1:] if argv is None else argv)
+        r = run(cfg)
+        if is_main(): print(summary(r) + f"\n\nbest epoch {r['best_epoch']}, {r['seconds']:.0f} s of training; everything is in {cfg.folder}")
     except InputError as e: sys.exit(f'mla_run: {e}')
     except OSError as e: sys.exit(f'mla_run: cannot read or write {e.filename}: {e.strerror}; choose another --root or --data, or make room there.')
     except KeyboardInterrupt as e: leave('mla_run', e)

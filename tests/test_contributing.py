@@ -18,5 +18,5 @@ def test_adding_a_method_is_one_file(tmp_path):
     assert "dropout" in call("--help").stdout
     tiny = ["--dataset_args", "n_train=96,n_valid=32,n_test=32", "--epochs", "1", "--progress", "false"]
     out = call("--method", "dropout", "--method_args", "p=.5", *tiny)
-    assert out.returncode == 0 and "| synthetic, dropout p=0.5 |" in out.stdout, out.stderr
+    assert out.returncode == 0 and ", dropout(p=0.5) |" in out.stdout, out.stderr
     assert "did you mean 'dropout'" in call("--method", "dropot", *tiny).stderr
