@@ -17,7 +17,6 @@ from torch import tensor
 from torch.utils.data import DataLoader, Sampler
 
 from .core import *
-
 from .tools import *
 from .heads import *
 from .learner import *

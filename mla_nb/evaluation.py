@@ -16,7 +16,6 @@ from torch import tensor
 import torch.nn.functional as F
 
 from .core import *
-
 from .tools import *
 from .heads import *
 from .learner import *

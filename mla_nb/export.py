@@ -15,7 +15,6 @@ import torch
 from torch import nn, tensor
 
 from .core import *
-
 from .tools import *
 from .heads import *
 from .learner import *

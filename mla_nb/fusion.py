@@ -15,7 +15,6 @@ from torch import tensor
 import torch.nn.functional as F
 
 from .core import *
-
 from .tools import *
 from .learner import *
 from .batches import *

@@ -12,7 +12,6 @@ from torch import nn, tensor
 import torch.nn.functional as F
 
 from .core import *
-
 from .tools import *
 
 # %% ../nbs/05_heads.ipynb #d326dd36

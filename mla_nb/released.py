@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from .core import *
-
 from .tools import *
 from .encoders.audio import *
 from .encoders.visual import *

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from .core import *
-
 from .tools import *
 from .learner import *
 from .checkpoints import *

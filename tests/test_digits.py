@@ -66,6 +66,7 @@ def test_kill_9_is_repaired_by_running_again(here):
     first = killed_at_the_second_shard(here, "prepare_digits.py", "--archive", "tones.zip")
     for out in ("cut", "whole"): script.main(["--archive", "tones.zip", "--out", out])
     assert not (here / "cut.partial").exists()
+    assert all((here / "cut" / n).stat().st_mtime_ns == t for n, t in first.items())                    # not made a second time
     assert {f.name: f.read_bytes() for f in (here / "cut").glob("*.arrow")} == {f.name: f.read_bytes() for f in (here / "whole").glob("*.arrow")}
 
 

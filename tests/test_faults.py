@@ -30,8 +30,8 @@ from mla_nb.tools import Locked, digest, locked, read_json, rng_state, set_rng_s
 from mla_nb.data.media import read_split
 from mla_nb.data.own import own_classes, own_splits, read_table
 from mla_nb.data.prepared import check_prepared, load_prepared, prepare
-from mla_nb.checkpoints import (Saver, States, Stopped, checkpoints, load_pred, mendable, read_state, read_tensors)
-from mla_nb.experiments import (Run, _callbacks, build, load_run, make_dataset, parse_args, read_history, run, with_options)
+from mla_nb.checkpoints import Saver, States, Stopped, checkpoints, load_pred, mendable, read_state, read_tensors
+from mla_nb.experiments import Run, _callbacks, build, load_run, make_dataset, parse_args, read_history, run, with_options
 from mla_nb.fusion import fuse, make_rule
 from mla_nb.learner import Callback, Diverged, Learner, opinion
 from mla_nb.watching import StopOnNaN
@@ -150,7 +150,6 @@ def test_kill_9_at_many_random_moments(tmp_path):
     assert TALLY["kill -9 at a random moment of a run"][0] >= 36
 
 
-CLI = [sys.executable, "-c", "from mla_nb.experiments import main; main()"]
 SLOW = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)        # a job in the background is born deaf to it

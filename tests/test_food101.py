@@ -2,12 +2,11 @@
 import csv
 import json
 import shutil
-import time
 from functools import partial
 
 import pytest
 
-from conftest import POINTER, ROOT, killed_at_the_second_shard, script
+from conftest import POINTER, killed_at_the_second_shard, script
 from mla_nb.core import InputError, check_dataset, datasets
 from mla_nb.data.food101 import across, food101_rows, food101_splits, halves, prepare_food101, read_titles, repeats
 from mla_nb.data.media import read_media, media_options
@@ -15,7 +14,6 @@ from mla_nb.data.miniature import miniature
 from mla_nb.data.prepared import sha256
 from mla_nb.experiments import Run, run
 
-SCRIPT = ROOT / "data_scripts/prepare_food101.py"
 SMALL = dict(size=24, progress=False)
 
 

@@ -1,7 +1,6 @@
 """IEMOCAP: annotation files, the speaker's half, splits by session, the command line from a tree of the official layout, and what can go wrong in it."""
 import os
 import shutil
-import time
 from functools import partial
 from collections import Counter
 

@@ -9,9 +9,9 @@ from torch import nn
 from mla_nb.core import Batch, Samples, collate, discover, methods
 from mla_nb.heads import SeparateHead, SharedHead, make_net
 from mla_nb.devices import Accelerate
-from mla_nb.learner import (Callback, Learner, Method, Recorder, Schedule, concat, predict, predictions, scores)
-from mla_nb.watching import (Progress)
-from mla_nb.batches import (Loaders, Shuffle, loaders)
+from mla_nb.learner import Callback, Learner, Method, Recorder, Schedule, concat, predict, predictions, scores
+from mla_nb.watching import Progress
+from mla_nb.batches import Loaders, Shuffle, loaders
 from mla_nb.methods.ensemble import alternating, ensemble
 from mla_nb.methods.mla import mla
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from conftest import POINTER, ROOT, SHARED, killed_at_the_second_shard, script
+from conftest import POINTER, SHARED, killed_at_the_second_shard, script
 from mla_nb.core import InputError, check_dataset, datasets
 from mla_nb.data.food101 import across, repeats
 from mla_nb.data.media import media_options, read_media, read_split
@@ -17,7 +17,6 @@ from mla_nb.data.mvsa import LABEL_RULES, POLARITIES, PUBLISHED, agree, bare, mv
 from mla_nb.data.prepared import sha256
 from mla_nb.experiments import Run, run
 
-SCRIPT = ROOT / "data_scripts/prepare_mvsa.py"
 SMALL = dict(size=24, progress=False)
 
 

@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 
 from ..core import *
-
 from ..tools import *
 from .prepared import *
 from .media import *

@@ -15,7 +15,6 @@ import numpy as np, torch
 import torch.nn.functional as F
 
 from ..core import *
-
 from ..tools import *
 from ..encoders.audio import *
 from ..encoders.visual import *

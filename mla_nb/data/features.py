@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from ..core import *
-
 from ..tools import *
 from ..encoders.audio import with_prep
 from ..heads import *

@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from ..core import *
-
 from ..tools import *
 from .prepared import *
 from .media import *

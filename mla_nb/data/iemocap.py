@@ -12,7 +12,6 @@ from collections import Counter
 from pathlib import Path
 
 from ..core import *
-
 from ..tools import *
 from .prepared import *
 from .media import *

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np, torch
 
 from ..core import *
-
 from ..tools import *
 from ..encoders.audio import *
 from ..encoders.visual import *

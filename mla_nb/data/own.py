@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from ..core import *
-
 from ..tools import *
 from .prepared import *
 from .media import *

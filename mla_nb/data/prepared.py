@@ -18,7 +18,6 @@ import numpy as np, torch
 from torch.utils.data import Dataset
 
 from ..core import *
-
 from ..tools import *
 from ..encoders.visual import decode_image
 

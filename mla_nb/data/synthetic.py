@@ -14,7 +14,6 @@ from itertools import chain, combinations
 import numpy as np, torch
 
 from ..core import *
-
 from ..tools import *
 
 # %% ../../nbs/01_synthetic.ipynb #644eaed4

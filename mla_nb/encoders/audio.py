@@ -16,7 +16,6 @@ from torch import nn
 import torch.nn.functional as F
 
 from ..core import *
-
 from ..tools import *
 
 # %% ../../nbs/02_audio.ipynb #da330bb2

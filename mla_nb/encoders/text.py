@@ -13,7 +13,6 @@ from torch import nn
 import torch.nn.functional as F
 
 from ..core import *
-
 from ..tools import *
 from .audio import with_prep
 

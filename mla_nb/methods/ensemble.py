@@ -13,7 +13,6 @@ from torch import nn, tensor
 import torch.nn.functional as F
 
 from ..core import *
-
 from ..tools import *
 from ..heads import *
 from ..learner import *

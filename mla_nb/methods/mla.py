@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 
 from ..core import *
-
 from ..tools import *
 from ..heads import *
 from ..learner import *

@@ -10,7 +10,6 @@ import torch
 from torch import tensor
 
 from ..core import *
-
 from ..tools import *
 from ..heads import *
 from ..learner import *
