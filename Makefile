@@ -152,5 +152,5 @@ results: $(READY) ## every run behind the tables, about an hour: make results AR
 	$(if $(ARCHIVE),,@echo "which recordings? make results ARCHIVE=FILE.zip"; exit 1)
 	$(BIN)/python results/study.py '$(ARCHIVE)' $(WORKERS)
 	$(BIN)/python results/missing.py $(WORKERS)
-lock: $(DEPS) ## constraints.txt from requirements.in
-	$(BIN)/uv pip compile -q --no-annotate --no-header --upgrade --python $(BIN)/python requirements.in -o constraints.txt
+lock: $(DEPS) ## constraints.txt from requirements.in, for the oldest Python that is promised
+	$(BIN)/uv pip compile -q --no-annotate --no-header --upgrade --python-version 3.11 requirements.in -o constraints.txt

@@ -73,3 +73,16 @@ def test_every_module_says_what_is_public():
         m = import_module("mla_nb." + ".".join(p.relative_to(ROOT / "mla_nb").with_suffix("").parts))
         assert m.__all__ and not [n for n in m.__all__ if not hasattr(m, n)], m.__name__
         assert m.__doc__, f"{m.__name__} has no promise"
+
+
+def test_what_is_pinned_installs_on_the_oldest_python_that_is_promised():
+    "A pin may ask for a later patch of Python than the one that a distribution ships"
+    from importlib.metadata import PackageNotFoundError, metadata
+    from packaging.specifiers import SpecifierSet
+    seen, oldest = 0, SETTINGS["min_python"] + ".0"
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        try: needs = metadata(line.split("==")[0]).get("Requires-Python")
+        except PackageNotFoundError: continue                               # for another system
+        seen += 1
+        assert not needs or SpecifierSet(needs).contains(oldest), f"{line} needs Python {needs}, and {oldest} is promised; run `make lock`"
+    assert seen > 100
