@@ -3,22 +3,22 @@
     python benchmarks/methods.py [--rounds 60]
 
 The embedded dataset's shapes and `small` encoders, batch 64, everything `run` has in its step (NaN guard, recorder). The methods
-take turns in a random order, so that a drifting machine favours none; printed is the median, and the quartiles of the ratio.
+take turns in a random order, so that a drifting machine favors none; printed is the median, and the quartiles of the ratio.
 """
+
 import argparse
 import random
 
 import torch
+from step import DEVICE, seconds
 
-import mla_nb.encoders.audio, mla_nb.encoders.text, mla_nb.encoders.visual      # noqa: E401  they register encoders
 from mla_nb.core import collate, discover, encoders, methods
-from mla_nb.tools import set_seed
 from mla_nb.data.synthetic import synthetic
 from mla_nb.heads import make_net
-from mla_nb.learner import Learner, Recorder, sgd
-from mla_nb.watching import StopOnNaN
-from mla_nb.batches import Loaders, Shuffle
-from step import DEVICE, seconds
+from mla_nb.tools import set_seed
+from mla_nb.train.learner import Learner, Recorder, sgd
+from mla_nb.train.loaders import Loaders, Shuffle
+from mla_nb.train.watching import StopOnNaN
 
 
 def stepper(name, s, batch):
@@ -26,35 +26,57 @@ def stepper(name, s, batch):
     set_seed(0)
     method = methods[name]()
     mods = method.modalities or s.modalities
-    encs = {m: encoders[f"small_{s.modalities[m].kind}"](s.modalities[m], s.train.column(m)) for m in mods}
-    learn = Learner(make_net(method.head, encs, len(s.classes)).to(DEVICE), Loaders([batch] * 20, [], [], Shuffle(64)), method, sgd, [StopOnNaN(), Recorder()])
+    encs = {
+        m: encoders[f"small_{s.modalities[m].kind}"](s.modalities[m], s.train.column(m))
+        for m in mods
+    }
+    learn = Learner(
+        make_net(method.head, encs, len(s.classes)).to(DEVICE),
+        Loaders([batch] * 20, [], [], Shuffle(64)),
+        method,
+        sgd,
+        [StopOnNaN(), Recorder()],
+    )
     learn.batch, learn.step, learn.epochs = batch, 0, 2
     learn.net.train()
-    for c in learn.cbs: c.before_fit(learn)
+    for c in learn.cbs:
+        c.before_fit(learn)
 
     def step():
         learn.one_batch()
         learn.step += 1
+
     return step
 
 
 def main(rounds):
     discover()
     s = synthetic(n_train=64, n_valid=6, n_test=6)
-    preps = {m: encoders[f"small_{mod.kind}"](mod, s.train.column(m)).prep for m, mod in s.modalities.items()}
-    batch = collate([s.train[i] for i in range(64)], preps).to(DEVICE)
+    preprocessors = {
+        m: encoders[f"small_{mod.kind}"](mod, s.train.column(m)).preprocessor
+        for m, mod in s.modalities.items()
+    }
+    batch = collate([s.train[i] for i in range(64)], preprocessors).to(DEVICE)
     steps = {name: stepper(name, s, batch) for name in methods}
     took = {name: [] for name in steps}
-    for f in steps.values(): f()
+    for f in steps.values():
+        f()
     for _ in range(rounds):
-        for name in random.sample(list(steps), len(steps)): took[name].append(seconds(steps[name]))
-    print(f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads, {rounds} rounds\n\n| method | ms per step | over concat | quartiles |\n|---|---|---|---|")
+        for name in random.sample(list(steps), len(steps)):
+            took[name].append(seconds(steps[name]))
+    print(
+        f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads, {rounds} rounds\n\n| method | ms per step | over concat | quartiles |\n|---|---|---|---|"
+    )
     for name in sorted(took, key=lambda n: sorted(took[n])[rounds // 2]):
         ratio = sorted(a / b for a, b in zip(took[name], took["concat"]))
-        print(f"| {name} | {1000 * sorted(took[name])[rounds // 2]:.1f} | {ratio[rounds // 2]:.2f} | {ratio[rounds // 4]:.2f} – {ratio[-1 - rounds // 4]:.2f} |")
+        print(
+            f"| {name} | {1000 * sorted(took[name])[rounds // 2]:.1f} | {ratio[rounds // 2]:.2f} | {ratio[rounds // 4]:.2f} – {ratio[-1 - rounds // 4]:.2f} |"
+        )
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--rounds", type=int, default=60)
     main(p.parse_args().rounds)

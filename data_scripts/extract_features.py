@@ -10,6 +10,8 @@ The first makes data/food101-features, on which a run takes seconds:
 
 Doing it twice does nothing; if it was killed, the same command goes on where it stopped.
 """
-from mla_nb.data.features import extract_main
 
-if __name__ == "__main__": extract_main(__doc__)
+from mla_nb.features import extract_main
+
+if __name__ == "__main__":
+    extract_main(__doc__)

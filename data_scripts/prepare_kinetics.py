@@ -6,8 +6,10 @@
 
 Doing it twice does nothing; if it was killed, the same command goes on where it stopped.
 """
+
 from mla_nb.data.media import media_main
 from mla_nb.data.miniature import miniature
 from mla_nb.data.own import prepare_kinetics
 
-if __name__ == "__main__": media_main("kinetics", __doc__, prepare_kinetics, miniature)
+if __name__ == "__main__":
+    media_main("kinetics", __doc__, prepare_kinetics, miniature)

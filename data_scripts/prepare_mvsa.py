@@ -7,6 +7,7 @@
 
 Doing it twice does nothing; if it was killed, the same command goes on where it stopped.
 """
+
 from mla_nb.data.media import media_main
 from mla_nb.data.miniature import miniature
 from mla_nb.data.mvsa import prepare_mvsa
@@ -15,4 +16,15 @@ LABELS = "'agree' keeps the samples whose text and image have one label; 'resolv
 INCOMPLETE = "what to do with an image without text, or text without an image: 'keep' it without the other, or 'skip' it; both are listed"
 
 if __name__ == "__main__":
-    media_main("mvsa", __doc__, prepare_mvsa, miniature, labels=("agree", LABELS), incomplete=("keep", INCOMPLETE), audio=None, seconds=None, fps=None, frames=None)
+    media_main(
+        "mvsa",
+        __doc__,
+        prepare_mvsa,
+        miniature,
+        labels=("agree", LABELS),
+        incomplete=("keep", INCOMPLETE),
+        audio=None,
+        seconds=None,
+        fps=None,
+        frames=None,
+    )

@@ -8,6 +8,8 @@
 Paths in the table are relative to its folder, or absolute; an empty cell means that the sample lacks that modality.
 Doing it twice does nothing; if it was killed, the same command goes on where it stopped.
 """
+
 from mla_nb.data.own import own_main
 
-if __name__ == "__main__": own_main(__doc__)
+if __name__ == "__main__":
+    own_main(__doc__)

@@ -1,4 +1,5 @@
 """Sphinx: a static site without outside scripts; formulas become MathML, which browsers draw by themselves."""
+
 import re
 
 from docutils import nodes
@@ -32,12 +33,21 @@ SAME = {"dots": r"\ldots", "iff": r"\Leftrightarrow", "big": ""}
 
 def drawn(block):
     "A formula as MathML; one that cannot be read is a warning"
+
     def visit(self, node):
-        tex = re.sub(r"\\(dots|iff|[Bb]ig)(?![a-zA-Z])", lambda m: SAME[m[1].lower()], node.astext())
-        try: self.body.append(tex2mathml(tex, as_block=block))
-        except MathError as e: getLogger(__name__).warning("formula %r: %s", tex, e, location=node)
+        tex = re.sub(
+            r"\\(dots|iff|[Bb]ig)(?![a-zA-Z])",
+            lambda m: SAME[m[1].lower()],
+            node.astext(),
+        )
+        try:
+            self.body.append(tex2mathml(tex, as_block=block))
+        except MathError as e:
+            getLogger(__name__).warning("formula %r: %s", tex, e, location=node)
         raise nodes.SkipNode
+
     return visit
 
 
-def setup(app): app.add_html_math_renderer("mathml", (drawn(False), None), (drawn(True), None))
+def setup(app):
+    app.add_html_math_renderer("mathml", (drawn(False), None), (drawn(True), None))

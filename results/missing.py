@@ -1,87 +1,165 @@
-"""The runs behind chapter 13: python results/missing.py [jobs]
+"""The runs behind chapter 15: python results/missing.py [jobs]
 
 Two questions on synthetic(preset=lazy): what do trained nets lose when test samples lose modalities (the same nets, nothing
 is trained again), and what if training samples lose them too (trained again at every rate; at one rate with other learning
 rates as well, since the tuned ones were chosen on whole samples). Makes every run that is not there yet below runs/missing,
 then writes results/missing.csv: one row per run and rate, with the command that makes it.
 """
+
 import csv
 import sys
 from dataclasses import replace
 from functools import cache
 
+from study import HERE, write
 from torch.utils.data import DataLoader
 
-from mla_nb.core import Ready
-from mla_nb.experiments import load_run, make_dataset
 from mla_nb.compare import grid, plan
-from mla_nb.learner import predictions, scores
+from mla_nb.core import TensorSplit
 from mla_nb.missing import with_missing
-from study import HERE, write
+from mla_nb.runs.run import load_run, make_dataset
+from mla_nb.train.learner import predictions, scores
 
 ROOT = "runs/missing"
 DATA = "synthetic(preset=lazy,n_train=800)"
-METHODS = "concat,sum,film,gated,ogm,ogm_ge,qmf,ensemble,mla_fixed,mla".split(",")
+METHODS = [
+    "concat",
+    "sum",
+    "film",
+    "gated",
+    "ogm",
+    "ogm_ge",
+    "qmf",
+    "ensemble",
+    "mla_fixed",
+    "mla",
+]
 ZEROS = "concat", "mla"
-RATES = [.2, .4, .6, .8]
+RATES = [0.2, 0.4, 0.6, 0.8]
 SEEDS = range(3)
-TRIED, AT = ("concat", "qmf", "ensemble", "mla"), .6      # is a learning rate that was tuned on whole samples the right one for these?
-LRS = [.01, .03, .1]
+TRIED, AT = (
+    ("concat", "qmf", "ensemble", "mla"),
+    0.6,
+)  # is a learning rate that was tuned on whole samples the right one for these?
+LRS = [0.01, 0.03, 0.1]
 EPOCHS = 12
 
 
 def tuned():
     "Method -> the learning rate that the study chose for it on validation"
     with (HERE / "sweep.csv").open() as f:
-        return {r["method"]: float(r["lr"]) for r in csv.DictReader(f) if r["data"] == "lazy" and not r["args"] and r["chosen"] == "1"}
+        return {
+            r["method"]: float(r["lr"])
+            for r in csv.DictReader(f)
+            if r["data"] == "lazy" and not r["args"] and r["chosen"] == "1"
+        }
 
 
 @cache
-def whole(seed): return make_dataset(plan(DATA, "mla", [seed])[0])
+def whole(seed):
+    return make_dataset(plan(DATA, "mla", [seed])[0])
 
 
-def less(cfg): return with_missing(whole(cfg.seed), cfg.missing, cfg.missing_test, cfg.seed, cfg.missing_fill)
+def less(cfg):
+    return with_missing(
+        whole(cfg.seed), cfg.missing, cfg.missing_test, cfg.seed, cfg.missing_fill
+    )
 
 
 def row(cfg, setting, rate, accuracy):
     "`cfg` is the run that comes to the same result by itself"
     s = less(cfg)
-    flags = {k: getattr(cfg, k) for k in ("missing", "missing_test") if getattr(cfg, k)} | ({"missing_fill": cfg.missing_fill} if cfg.missing_fill != "skip" else {})
+    flags = {
+        k: getattr(cfg, k) for k in ("missing", "missing_test") if getattr(cfg, k)
+    } | ({"missing_fill": cfg.missing_fill} if cfg.missing_fill != "skip" else {})
     command = f"mla_run --dataset synthetic --dataset_args 'preset=lazy,n_train=800' --method {cfg.method} --lr {cfg.lr} --epochs {EPOCHS} --seed {cfg.seed}"
-    hidden = s.info.get("missing", {}).get("test", {"": 0.})
-    return dict(setting=setting, fill=cfg.missing_fill, method=cfg.method, lr=cfg.lr, seed=cfg.seed, rate=rate, hidden=round(sum(hidden.values()) / len(hidden), 4),
-                **{k: round(v, 4) for k, v in accuracy.items()}, bayes=round(s.bayes[tuple(s.modalities)], 4), command=command + "".join(f" --{k} {v}" for k, v in flags.items()))
+    hidden = s.info.get("missing", {}).get("test", {"": 0.0})
+    return dict(
+        setting=setting,
+        fill=cfg.missing_fill,
+        method=cfg.method,
+        lr=cfg.lr,
+        seed=cfg.seed,
+        rate=rate,
+        hidden=round(sum(hidden.values()) / len(hidden), 4),
+        **{k: round(v, 4) for k, v in accuracy.items()},
+        bayes=round(s.bayes[tuple(s.modalities)], 4),
+        command=command + "".join(f" --{k} {v}" for k, v in flags.items()),
+    )
 
 
-def as_is(b): return b
+def as_is(b):
+    return b
 
 
 def at_test(cfg):
     "A trained net under test masks, skipped and (for some) filled with zeros"
     net, method, _ = load_run(cfg.folder)
-    preps, rows = {m: e.prep for m, e in net.encs.items()}, []
+    preprocessors, rows = {m: e.preprocessor for m, e in net.encoders.items()}, []
     for fill in ("skip", "zeros") if cfg.method in ZEROS else ("skip",):
         for rate in RATES:
             seen = replace(cfg, missing_test=rate, missing_fill=fill)
-            p = predictions(net, method, DataLoader(Ready(less(seen).test, preps), batch_size=256, collate_fn=as_is))
+            p = predictions(
+                net,
+                method,
+                DataLoader(
+                    TensorSplit(less(seen).test, preprocessors),
+                    batch_size=256,
+                    collate_fn=as_is,
+                ),
+            )
             rows.append(row(seen, "test", rate, scores(p)["accuracy"]))
     return rows
 
 
 def main(jobs=2):
-    lrs, how = tuned(), dict(jobs=int(jobs))
-    runs = [r for m in METHODS for r in plan(DATA, m, SEEDS, root=ROOT, epochs=EPOCHS, lr=lrs[m])]
-    both = [replace(r, missing=x, missing_test=x, missing_fill=f) for x in RATES for r in runs for f in (("skip", "zeros") if r.method in ZEROS else ("skip",))]
-    other = [replace(r, missing=AT, missing_test=AT, lr=lr) for r in runs if r.method in TRIED for lr in LRS if lr != r.lr]
+    lrs, how = tuned(), {"jobs": int(jobs)}
+    runs = [
+        r
+        for m in METHODS
+        for r in plan(DATA, m, SEEDS, root=ROOT, epochs=EPOCHS, lr=lrs[m])
+    ]
+    both = [
+        replace(r, missing=x, missing_test=x, missing_fill=f)
+        for x in RATES
+        for r in runs
+        for f in (("skip", "zeros") if r.method in ZEROS else ("skip",))
+    ]
+    other = [
+        replace(r, missing=AT, missing_test=AT, lr=lr)
+        for r in runs
+        if r.method in TRIED
+        for lr in LRS
+        if lr != r.lr
+    ]
     todo = runs + both + other
     found = grid(todo, label="missing", **how)
     bad = [r for r in found if "error" in r]
     done = [(c, r) for c, r in zip(todo, found) if "error" not in r]
-    rows = [row(c, "both, other lr" if c in other else "both" if c.missing else "none", float(c.missing or 0), r["test"]["accuracy"]) for c, r in done]
+    rows = [
+        row(
+            c,
+            "both, other lr" if c in other else "both" if c.missing else "none",
+            float(c.missing or 0),
+            r["test"]["accuracy"],
+        )
+        for c, r in done
+    ]
     rows += [x for c, r in done if not c.missing for x in at_test(c)]
-    rows.sort(key=lambda r: (["none", "test", "both", "both, other lr"].index(r["setting"]), r["fill"], METHODS.index(r["method"]), r["rate"], r["lr"], r["seed"]))
+    rows.sort(
+        key=lambda r: (
+            ["none", "test", "both", "both, other lr"].index(r["setting"]),
+            r["fill"],
+            METHODS.index(r["method"]),
+            r["rate"],
+            r["lr"],
+            r["seed"],
+        )
+    )
     write("missing.csv", rows)
-    if bad: print(f"{len(bad)} runs failed: {bad}")
+    if bad:
+        print(f"{len(bad)} runs failed: {bad}")
 
 
-if __name__ == "__main__": main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

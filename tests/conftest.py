@@ -1,4 +1,5 @@
 """Shared by all tests: one thread, and where the real data lies (tests that need it skip, with a reason, where it does not)."""
+
 import contextlib
 import io
 import os
@@ -22,10 +23,20 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 def script(name, *args, ok=True):
     "data_scripts/prepare_NAME.py as a command, in this process: importing everything again would take longer than what is tested"
     said, code = io.StringIO(), None
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as m:
-        m.setattr(sys, "argv", [f"prepare_{name}.py", "--workers", "0", *map(str, args)])
-        try: runpy.run_path(str(ROOT / f"data_scripts/prepare_{name}.py"), run_name="__main__")
-        except SystemExit as e: code = e.code
+    with (
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+        pytest.MonkeyPatch.context() as m,
+    ):
+        m.setattr(
+            sys, "argv", [f"prepare_{name}.py", "--workers", "0", *map(str, args)]
+        )
+        try:
+            runpy.run_path(
+                str(ROOT / f"data_scripts/prepare_{name}.py"), run_name="__main__"
+            )
+        except SystemExit as e:
+            code = e.code
     assert (code in (None, 0)) == ok and "\n" not in str(code), (said.getvalue(), code)
     return f"{said.getvalue()}{code}"
 
@@ -45,9 +56,26 @@ os.replace = dying
 def killed_at_the_second_shard(tmp_path, path, *args):
     "data_scripts/PATH is killed, and all that it started, as it puts its second shard in place; when each file that was whole was written"
     (tmp_path / "die").mkdir()
-    (tmp_path / "die/sitecustomize.py").write_text(DIE)                  # read by whatever Python begins with this PYTHONPATH
-    p = subprocess.run([sys.executable, str(ROOT / "data_scripts" / path), *map(str, args), "--out", "cut"], cwd=tmp_path, capture_output=True, text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": str(tmp_path / "die")})
-    assert p.returncode == -signal.SIGKILL and not (tmp_path / "cut").exists(), p.stderr[-3000:]
+    (tmp_path / "die/sitecustomize.py").write_text(
+        DIE
+    )  # read by whatever Python begins with this PYTHONPATH
+    p = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "data_scripts" / path),
+            *map(str, args),
+            "--out",
+            "cut",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "die")},
+    )
+    assert p.returncode == -signal.SIGKILL and not (tmp_path / "cut").exists(), (
+        p.stderr[-3000:]
+    )
     first = {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("cut.partial/*.arrow")}
     assert len(first) == 1 and list(tmp_path.glob("cut.partial/.*.part"))
     return first
@@ -61,14 +89,36 @@ def free_port():
 
 def together(*how):
     "The command that begins two processes that train one net"
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), *map(str, how)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+        *map(str, how),
+    ]
 
 
-def started(*args, cwd, how=("-m", "mla_nb.experiments")):
+def started(*args, cwd, how=("-m", "mla_nb.runs.run")):
     "Two processes that train one net"
     args = together(*how, *args)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(args, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        args,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        start_new_session=True,
+    )
 
 
 def torchrun(*args, cwd):
@@ -88,8 +138,13 @@ def mine(tree, tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def real_archive():
     "The Free Spoken Digit Dataset, where it is at hand"
-    path = Path(os.environ.get("FSDD_ARCHIVE", SHARED / "data/free-spoken-digit-dataset.zip"))
-    if not path.exists(): pytest.skip("the real recordings are not here; set FSDD_ARCHIVE to their zip file")
+    path = Path(
+        os.environ.get("FSDD_ARCHIVE", SHARED / "data/free-spoken-digit-dataset.zip")
+    )
+    if not path.exists():
+        pytest.skip(
+            "the real recordings are not here; set FSDD_ARCHIVE to their zip file"
+        )
     return path
 
 
@@ -97,13 +152,20 @@ def real_archive():
 def tones(tmp_path_factory):
     "A made archive in the layout of the real one"
     from mla_nb.data.digits import miniature
+
     return miniature(tmp_path_factory.mktemp("tones") / "tones.zip", per=12)
 
 
 def pytest_terminal_summary(terminalreporter):
     "What test_parity has checked, and what not yet"
-    reports = [r for rs in terminalreporter.stats.values() for r in rs if hasattr(r, "user_properties")]
+    reports = [
+        r
+        for rs in terminalreporter.stats.values()
+        for r in rs
+        if hasattr(r, "user_properties")
+    ]
     lines = sorted({v for r in reports for k, v in r.user_properties if k == "parity"})
     if lines:
         terminalreporter.section("parity with the released code")
-        for line in lines: terminalreporter.write_line(line)
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -1,20 +1,21 @@
 """Every method on every dataset's miniature, with and without gaps; parameter files for papermill are what the presets say."""
+
 import sys
 from importlib import import_module
 
 import pytest
 import yaml
-
 from conftest import ROOT
+
 from mla_nb.core import check_dataset, datasets, discover, methods
 from mla_nb.data.miniature import MINIATURES, miniature
-from mla_nb.experiments import Run, run
+from mla_nb.runs.run import Run, run
 
 sys.path.insert(0, str(ROOT / "tools"))
-from params import MODALITIES, OUT, files         # noqa: E402
+from params import MODALITIES, OUT, files  # noqa: E402
 
 discover()
-TINY = dict(audio="log_mel", seconds=1., size=16, frames=2, progress=False)
+TINY = {"audio": "log_mel", "seconds": 1.0, "size": 16, "frames": 2, "progress": False}
 
 
 @pytest.fixture(scope="module", params=sorted(MINIATURES))
@@ -40,21 +41,55 @@ def test_every_method_on_every_dataset(prepared, method, rate):
     name, work = prepared
     mods = list(datasets[name](data=str(work / "data")).modalities)
     args = f"modality={mods[-1]}" if method == "unimodal" else ""
-    r = run(Run(dataset=name, method=method, method_args=args, encoder="small", epochs=1, batch_size=16, lr=.05, missing=rate, missing_test=rate, data=str(work / "data"), root=str(work / "runs"), progress=False, threads=1))
-    assert set(r["test"]["accuracy"]) == {"fused", *(mods[-1:] if method == "unimodal" else mods)} and 0 <= r["test"]["accuracy"]["fused"] <= 1
+    r = run(
+        Run(
+            dataset=name,
+            method=method,
+            method_args=args,
+            encoder="small",
+            epochs=1,
+            batch_size=16,
+            lr=0.05,
+            missing=rate,
+            missing_test=rate,
+            data=str(work / "data"),
+            root=str(work / "runs"),
+            progress=False,
+            threads=1,
+        )
+    )
+    assert (
+        set(r["test"]["accuracy"])
+        == {"fused", *(mods[-1:] if method == "unimodal" else mods)}
+        and 0 <= r["test"]["accuracy"]["fused"] <= 1
+    )
 
 
 def test_presets_are_the_published_ones():
     for name in MINIATURES:
         cfg = Run(dataset=name)
-        assert (cfg.epochs, cfg.batch_size, cfg.lr, cfg.momentum, cfg.weight_decay, cfg.optimizer, cfg.schedule) == (100, 64, 1e-3, .9, 1e-4, "sgd", "step")
+        assert (
+            cfg.epochs,
+            cfg.batch_size,
+            cfg.lr,
+            cfg.momentum,
+            cfg.weight_decay,
+            cfg.optimizer,
+            cfg.schedule,
+        ) == (100, 64, 1e-3, 0.9, 1e-4, "sgd", "step")
         assert "resnet18" in cfg.encoder
-    assert (Run().encoder, Run().epochs, Run().lr) == ("small", 20, .1)
-    assert Run(dataset="cremad", lr=.5, encoder="small").lr == .5
+    assert (Run().encoder, Run().epochs, Run().lr) == ("small", 20, 0.1)
+    assert Run(dataset="cremad", lr=0.5, encoder="small").lr == 0.5
 
 
 def test_parameter_files_are_in_step_and_complete():
     made = files()
-    assert {p.name: p.read_text() for p in OUT.glob("*.yaml")} == made, "run `make params`"
-    for name, text in made.items(): Run(**yaml.safe_load(text))
-    assert set(MODALITIES) == set(MINIATURES) | {"synthetic", "digits"} and len(made) == 11 * 7 + 16
+    assert {p.name: p.read_text() for p in OUT.glob("*.yaml")} == made, (
+        "run `make params`"
+    )
+    for name, text in made.items():
+        Run(**yaml.safe_load(text))
+    assert (
+        set(MODALITIES) == set(MINIATURES) | {"synthetic", "digits"}
+        and len(made) == 11 * 7 + 16
+    )

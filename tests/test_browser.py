@@ -1,4 +1,5 @@
 """Chapters in a real JupyterLab, driven by Chromium: every cell runs, knobs move pictures, a button stops training. `make browser`."""
+
 import json
 import os
 import re
@@ -11,34 +12,86 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT, free_port
 
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("jupyterlab")
 pw = pytest.importorskip("playwright.sync_api")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium; install one, or name it in CHROMIUM")]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-SETTINGS = {"apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False), "notebook-extension/tracker": dict(windowingMode="none")}     # every cell is in the page
+CHROMIUM = (
+    os.environ.get("CHROMIUM")
+    or shutil.which("chromium")
+    or shutil.which("google-chrome")
+)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        not CHROMIUM, reason="there is no Chromium; install one, or name it in CHROMIUM"
+    ),
+]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SETTINGS = {
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "notebook-extension/tracker": {"windowingMode": "none"},
+}  # every cell is in the page
 END, WRONG = "every cell was run", "Traceback (most recent call last)"
-LONG = float(os.environ.get("MLA_PATIENCE", 900)) * 1000        # milliseconds for a chapter, on a busy machine
+LONG = (
+    float(os.environ.get("MLA_PATIENCE", 900)) * 1000
+)  # milliseconds for a chapter, on a busy machine
 
 
 class Lab:
     "A JupyterLab of its own: settings, kernels and notebooks lie in a temporary folder, and nobody without the token gets in"
+
     def __init__(self, root):
         self.root, self.port, self.token = root, free_port(), secrets.token_hex(16)
-        for name, value in SETTINGS.items(): self.setting(name, value)
-        env = {k: v for k, v in os.environ.items() if k.lower() not in ("http_proxy", "https_proxy", "mplbackend")}
-        env.update(JUPYTER_TOKEN=self.token, JUPYTER_CONFIG_DIR=str(root / "cfg"), JUPYTER_DATA_DIR=str(root / "data"), JUPYTER_RUNTIME_DIR=str(root / "rt"),
-                   JUPYTERLAB_SETTINGS_DIR=str(root / "settings"), JUPYTERLAB_WORKSPACES_DIR=str(root / "ws"), IPYTHONDIR=str(root / "ipy"),
-                   NO_PROXY="127.0.0.1,localhost", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+        for name, value in SETTINGS.items():
+            self.setting(name, value)
+        env = {
+            k: v
+            for k, v in os.environ.items()
+            if k.lower() not in ("http_proxy", "https_proxy", "mplbackend")
+        }
+        env.update(
+            JUPYTER_TOKEN=self.token,
+            JUPYTER_CONFIG_DIR=str(root / "cfg"),
+            JUPYTER_DATA_DIR=str(root / "data"),
+            JUPYTER_RUNTIME_DIR=str(root / "rt"),
+            JUPYTERLAB_SETTINGS_DIR=str(root / "settings"),
+            JUPYTERLAB_WORKSPACES_DIR=str(root / "ws"),
+            IPYTHONDIR=str(root / "ipy"),
+            NO_PROXY="127.0.0.1,localhost",
+            PYTHONPATH=str(ROOT),
+            OMP_NUM_THREADS="1",
+        )
         self.log = open(root / "lab.log", "w")
         (root / "nbs").mkdir()
-        self.process = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={self.port}", "--ServerApp.port_retries=0",
-                                         "--allow-root", "--MappingKernelManager.transport_encryption=auto", f"--ServerApp.root_dir={root / 'nbs'}"], cwd=root, env=env, stdout=self.log, stderr=self.log)
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "jupyterlab",
+                "--no-browser",
+                "--ip=127.0.0.1",
+                f"--port={self.port}",
+                "--ServerApp.port_retries=0",
+                "--allow-root",
+                "--MappingKernelManager.transport_encryption=auto",
+                f"--ServerApp.root_dir={root / 'nbs'}",
+            ],
+            cwd=root,
+            env=env,
+            stdout=self.log,
+            stderr=self.log,
+        )
 
     def setting(self, name, value):
         path = self.root / f"settings/@jupyterlab/{name}.jupyterlab-settings"
@@ -46,23 +99,40 @@ class Lab:
         path.write_text(json.dumps(value))
 
     def api(self, path, method="GET"):
-        ask = urllib.request.Request(f"http://127.0.0.1:{self.port}/api/{path}", method=method, headers={"Authorization": f"token {self.token}"})
-        return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(ask, timeout=5).read()
+        ask = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/api/{path}",
+            method=method,
+            headers={"Authorization": f"token {self.token}"},
+        )
+        return (
+            urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            .open(ask, timeout=5)
+            .read()
+        )
 
     def wait(self):
         for _ in range(480):
-            assert self.process.poll() is None, (self.root / "lab.log").read_text()[-3000:]
-            try: return self.api("status")
-            except OSError: time.sleep(.25)
-        pytest.fail("JupyterLab did not start: " + (self.root / "lab.log").read_text()[-3000:])
+            assert self.process.poll() is None, (self.root / "lab.log").read_text()[
+                -3000:
+            ]
+            try:
+                return self.api("status")
+            except OSError:
+                time.sleep(0.25)
+        pytest.fail(
+            "JupyterLab did not start: " + (self.root / "lab.log").read_text()[-3000:]
+        )
 
     def end_kernels(self):
-        for k in json.loads(self.api("kernels")): self.api(f"kernels/{k['id']}", "DELETE")
+        for k in json.loads(self.api("kernels")):
+            self.api(f"kernels/{k['id']}", "DELETE")
 
     def close(self):
         self.process.terminate()
-        try: self.process.wait(20)
-        except subprocess.TimeoutExpired: self.process.kill()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
         self.log.close()
 
 
@@ -72,7 +142,8 @@ def lab(tmp_path_factory):
     try:
         it.wait()
         yield it
-    finally: it.close()
+    finally:
+        it.close()
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +156,7 @@ def browser():
 
 @pytest.fixture
 def page(lab, browser):
-    it = browser.new_page(viewport=dict(width=1300, height=950))
+    it = browser.new_page(viewport={"width": 1300, "height": 950})
     it.set_default_timeout(60_000)
     yield it
     it.close()
@@ -99,7 +170,13 @@ def shot(what, name, tmp_path):
     what.screenshot(path=folder / f"{name}.png")
 
 
-def errors(lab, name): return ["\n".join(o["traceback"])[-2000:] for c in nbformat.read(lab.root / "nbs" / name, 4).cells for o in c.get("outputs", ()) if o["output_type"] == "error"]
+def errors(lab, name):
+    return [
+        "\n".join(o["traceback"])[-2000:]
+        for c in nbformat.read(lab.root / "nbs" / name, 4).cells
+        for o in c.get("outputs", ())
+        if o["output_type"] == "error"
+    ]
 
 
 def run_all(lab, page, nb, name):
@@ -116,18 +193,29 @@ def run_all(lab, page, nb, name):
 
 def finished(lab, page, name, patience=LONG):
     "Every cell was run, and none ended in an error, in the page and in the file"
-    end, wrong = (page.locator(".jp-OutputArea-output pre", has_text=t) for t in (END, WRONG))
+    end, wrong = (
+        page.locator(".jp-OutputArea-output pre", has_text=t) for t in (END, WRONG)
+    )
     end.or_(wrong).first.wait_for(timeout=patience)
     page.keyboard.press("Control+s")
     for _ in range(60):
         saved = nbformat.read(lab.root / "nbs" / name, 4)
-        if any(END in o.get("text", "") for o in saved.cells[-1].outputs) or errors(lab, name): break
-        time.sleep(.5)
-    assert not errors(lab, name) and not wrong.count(), errors(lab, name) or wrong.first.inner_text()
+        if any(END in o.get("text", "") for o in saved.cells[-1].outputs) or errors(
+            lab, name
+        ):
+            break
+        time.sleep(0.5)
+    assert not errors(lab, name) and not wrong.count(), (
+        errors(lab, name) or wrong.first.inner_text()
+    )
     assert end.count() == 1
 
 
-def knob(page, label): return page.locator(".widget-slider", has=page.locator("label", has_text=re.compile(f"^{re.escape(label)}$"))).last
+def knob(page, label):
+    return page.locator(
+        ".widget-slider",
+        has=page.locator("label", has_text=re.compile(f"^{re.escape(label)}$")),
+    ).last
 
 
 def moved(picture, act):
@@ -135,7 +223,9 @@ def moved(picture, act):
     old = picture.get_attribute("src")
     act()
     pw.expect(picture).not_to_have_attribute("src", old, timeout=60_000)
-    assert picture.evaluate("async e => { await e.decode(); return e.naturalWidth }") > 300
+    assert (
+        picture.evaluate("async e => { await e.decode(); return e.naturalWidth }") > 300
+    )
 
 
 def press(slider, key):
@@ -145,45 +235,67 @@ def press(slider, key):
     handle.press(key)
 
 
-@pytest.mark.parametrize("name, theme, knobs, boxes", [
-    ("11_fusion", "Light", ["audio, A", "text, C"], ["visual is there"]),
-    ("10_projection", "Light", ["audio, degrees", "gradient, degrees", "λ", "turns"], []),
-    ("01_synthetic", "Dark", ["visual, expressed", "text, blank"], []),
-])
-def test_a_chapter_runs_and_its_knobs_move_its_picture(lab, page, tmp_path, name, theme, knobs, boxes):
-    lab.setting("apputils-extension/themes", dict(theme=f"JupyterLab {theme}"))
+@pytest.mark.parametrize(
+    "name, theme, knobs, boxes",
+    [
+        ("11_fusion", "Light", ["audio, A", "text, C"], ["visual is there"]),
+        (
+            "10_projection",
+            "Light",
+            ["audio, degrees", "gradient, degrees", "λ", "turns"],
+            [],
+        ),
+        ("01_synthetic", "Dark", ["visual, expressed", "text, blank"], []),
+    ],
+)
+def test_a_chapter_runs_and_its_knobs_move_its_picture(
+    lab, page, tmp_path, name, theme, knobs, boxes
+):
+    lab.setting("apputils-extension/themes", {"theme": f"JupyterLab {theme}"})
     run_all(lab, page, nbformat.read(ROOT / f"nbs/{name}.ipynb", 4), f"{name}.ipynb")
     finished(lab, page, f"{name}.ipynb")
-    widget = page.locator(".jp-OutputArea-output .widget-vbox", has=knob(page, knobs[0])).last
+    widget = page.locator(
+        ".jp-OutputArea-output .widget-vbox", has=knob(page, knobs[0])
+    ).last
     picture = widget.locator("img.widget-image")
     widget.scroll_into_view_if_needed()
     shot(widget, f"{name}-before", tmp_path)
-    for label in knobs: moved(picture, lambda: press(knob(page, label), "ArrowLeft"))
-    for label in boxes: moved(picture, lambda: widget.locator("label", has_text=label).locator("input").click())
+    for label in knobs:
+        moved(picture, lambda: press(knob(page, label), "ArrowLeft"))
+    for label in boxes:
+        moved(
+            picture,
+            lambda: widget.locator("label", has_text=label).locator("input").click(),
+        )
     shot(widget, f"{name}-after", tmp_path)
     shot(page, f"{name}-page", tmp_path)
     assert not errors(lab, f"{name}.ipynb")
 
 
-def notebook(*cells): return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
+def notebook(*cells):
+    return nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(c) for c in cells],
+        metadata={
+            "kernelspec": {
+                "name": "python3",
+                "display_name": "python3",
+                "language": "python",
+            }
+        },
+    )
 
 
 def test_an_error_is_noticed(lab, page):
     "These tests can fail: a cell that raises is found, in the page and in the file"
     run_all(lab, page, notebook("1 + 1", "1 / 0"), "wrong.ipynb")
-    with pytest.raises(AssertionError, match="ZeroDivisionError"): finished(lab, page, "wrong.ipynb", 60_000)
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        finished(lab, page, "wrong.ipynb", 60_000)
     assert errors(lab, "wrong.ipynb")
 
 
 LIVE = """
 from mla_nb.data.synthetic import synthetic
-from mla_nb.core import *
-from mla_nb.tools import *
-from mla_nb.heads import *
-from mla_nb.learner import *
-from mla_nb.watching import *
-from mla_nb.batches import *
-import mla_nb.encoders.audio, mla_nb.encoders.visual, mla_nb.encoders.text
+import mla_nb.encoders.audio, mla_nb.encoders.image, mla_nb.encoders.text
 s = synthetic(n_train=200, n_valid=60, n_test=60)
 encs = {m: encoders[f'small_{mod.kind}'](mod, s.train.column(m)) for m, mod in s.modalities.items()}
 learn = Learner(make_net(ConcatHead, encs, 6), loaders(s, {m: e.prep for m, e in encs.items()}), concat(), cbs=[Recorder(), LiveView(s.bayes)])
@@ -194,12 +306,12 @@ print('epochs', learn.epoch, len(learn.history), learn.stop)
 
 def test_training_can_be_watched_and_stopped(lab, page, tmp_path):
     "The button is heard while the cell is running; without it this would be 500 epochs"
-    lab.setting("apputils-extension/themes", dict(theme="JupyterLab Light"))
+    lab.setting("apputils-extension/themes", {"theme": "JupyterLab Light"})
     run_all(lab, page, notebook(LIVE.strip()), "live.ipynb")
     picture = page.locator("img.widget-image")
     picture.wait_for(timeout=LONG)
     pw.expect(picture).to_have_attribute("src", re.compile("^blob:"), timeout=60_000)
-    moved(picture, lambda: None)                            # the next epoch
+    moved(picture, lambda: None)  # the next epoch
     page.get_by_role("button", name="Stop").click()
     said = page.locator(".jp-OutputArea-output pre", has_text=re.compile(r"^epochs"))
     said.wait_for(timeout=120_000)

@@ -1,4 +1,5 @@
 """What README, teaching.md, CONTRIBUTING and the chapters tell a reader to type: Python blocks run, command lines are understood by the programs they name."""
+
 import argparse
 import ast
 import json
@@ -13,29 +14,76 @@ from functools import cache
 from unittest.mock import patch
 
 import pytest
-
 from conftest import ROOT
 
 TEXTS = [ROOT / f for f in ("README.md", "teaching.md", "CONTRIBUTING.md")]
-CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("[0-9]*.ipynb") if "experiments" not in p.parts and ".ipynb_checkpoints" not in p.parts)
+CHAPTERS = sorted(
+    p
+    for p in (ROOT / "nbs").rglob("[0-9]*.ipynb")
+    if "experiments" not in p.parts and ".ipynb_checkpoints" not in p.parts
+)
 SCRIPTS = sorted((ROOT / "data_scripts").glob("*.py"))
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.S | re.M)
-PROGRAMS = "make mla_run mla_table mla_grid mla_predict mla_doctor papermill python source pip git dask torchrun accelerate cd nbdev_export nbdev_test pytest docker tensorboard".split()
-TRUSTED = "source pip git dask accelerate cd nbdev_export nbdev_test pytest docker tensorboard".split()       # not ours to parse
-SPAN = re.compile(r"(?<!`)`((?:make|mla_run|mla_table|mla_grid|mla_predict|mla_doctor|papermill|python|torchrun) [^`\n]+)`(?!`)")
-SMALLER = [("epochs=14", "epochs=1, dataset_args='n_train=64,n_valid=32,n_test=32'")]                # the same lines, in seconds
+PROGRAMS = [
+    "make",
+    "mla_run",
+    "mla_table",
+    "mla_grid",
+    "mla_predict",
+    "mla_doctor",
+    "papermill",
+    "python",
+    "source",
+    "pip",
+    "git",
+    "dask",
+    "torchrun",
+    "accelerate",
+    "cd",
+    "nbdev_export",
+    "nbdev_test",
+    "pytest",
+    "docker",
+    "tensorboard",
+]
+TRUSTED = [
+    "source",
+    "pip",
+    "git",
+    "dask",
+    "accelerate",
+    "cd",
+    "nbdev_export",
+    "nbdev_test",
+    "pytest",
+    "docker",
+    "tensorboard",
+]  # not ours to parse
+SPAN = re.compile(
+    r"(?<!`)`((?:make|mla_run|mla_table|mla_grid|mla_predict|mla_doctor|papermill|python|torchrun) [^`\n]+)`(?!`)"
+)
+SMALLER = [
+    ("epochs=14", "epochs=1, dataset_args='n_train=64,n_valid=32,n_test=32'")
+]  # the same lines, in seconds
 
 
-def number(path): return path.name.split("_")[0]
+def number(path):
+    return path.name.split("_")[0]
 
 
 def markdown(path):
     "The text of a file; of a chapter, that of its markdown cells"
-    if path.suffix == ".md": return path.read_text()
-    return "\n\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown")
+    if path.suffix == ".md":
+        return path.read_text()
+    return "\n\n".join(
+        "".join(c["source"])
+        for c in json.loads(path.read_text())["cells"]
+        if c["cell_type"] == "markdown"
+    )
 
 
-def blocks(path, language): return [code for lang, code in FENCE.findall(markdown(path)) if lang == language]
+def blocks(path, language):
+    return [code for lang, code in FENCE.findall(markdown(path)) if lang == language]
 
 
 def command_lines(text):
@@ -43,13 +91,32 @@ def command_lines(text):
     out = []
     for lang, code in FENCE.findall(text):
         lines = [s for s in code.replace("\\\n", " ").splitlines() if s.strip()]
-        if lang in ("", "bash", "sh", "console") and lines and lines[0].split()[0] in PROGRAMS: out += lines
+        if (
+            lang in ("", "bash", "sh", "console")
+            and lines
+            and lines[0].split()[0] in PROGRAMS
+        ):
+            out += lines
     out += SPAN.findall(FENCE.sub("", text))
     return [words for s in out if (words := shlex.split(s, comments=True))]
 
 
-ALL = sorted({(p.name, tuple(words)) for p in [f for f in TEXTS if f.exists()] + CHAPTERS for words in command_lines(markdown(p))}
-             | {(p.name, tuple(shlex.split(s))) for p in SCRIPTS for s in re.findall(r"^    ((?:python|mla_\w+) .+)$", ast.get_docstring(ast.parse(p.read_text()), clean=False), re.M)})
+ALL = sorted(
+    {
+        (p.name, tuple(words))
+        for p in [f for f in TEXTS if f.exists()] + CHAPTERS
+        for words in command_lines(markdown(p))
+    }
+    | {
+        (p.name, tuple(shlex.split(s)))
+        for p in SCRIPTS
+        for s in re.findall(
+            r"^    ((?:python|mla_\w+) .+)$",
+            ast.get_docstring(ast.parse(p.read_text()), clean=False),
+            re.M,
+        )
+    }
+)
 
 
 class Parsed(Exception):
@@ -59,120 +126,199 @@ class Parsed(Exception):
 def parse_only(script, args):
     "Run a script up to the point where it has understood its arguments"
     usual = argparse.ArgumentParser.parse_args
-    def stop(self, argv=None, namespace=None): raise Parsed(usual(self, argv, namespace))
-    with patch.object(argparse.ArgumentParser, "parse_args", stop), patch.object(sys, "argv", [script.name, *args]):
+
+    def stop(self, argv=None, namespace=None):
+        raise Parsed(usual(self, argv, namespace))
+
+    with (
+        patch.object(argparse.ArgumentParser, "parse_args", stop),
+        patch.object(sys, "argv", [script.name, *args]),
+    ):
         runpy.run_path(str(script), run_name="__main__")
 
 
 def field_names():
-    from mla_nb.experiments import Run
+    from mla_nb.runs.run import Run
+
     return {f.name for f in fields(Run)}
 
 
 def understood(words):
     "Refuse a command that its program would not take"
     program, args = words[0], list(words[1:])
-    assert program in PROGRAMS, f"what is {program!r}? Add it to PROGRAMS, or mend the line"
-    if program in TRUSTED: return
-    return dict(make=make, papermill=papermill, python=python, torchrun=torchrun).get(program, ours)(program, args)
+    assert program in PROGRAMS, (
+        f"what is {program!r}? Add it to PROGRAMS, or mend the line"
+    )
+    if program in TRUSTED:
+        return None
+    return {
+        "make": make,
+        "papermill": papermill,
+        "python": python,
+        "torchrun": torchrun,
+    }.get(program, ours)(program, args)
 
 
 @cache
-def targets(): return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+def targets():
+    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
 
 
 def make(program, args):
-    if not shutil.which("make"): pytest.skip("make is not installed here")
-    assert args and args[0] in targets() | {"help"} or args[0].startswith("prepare-"), f"make {args[0]}: no such target"
-    done = subprocess.run(["make", "-n", *args], cwd=ROOT, capture_output=True, text=True)
+    if not shutil.which("make"):
+        pytest.skip("make is not installed here")
+    assert args and args[0] in targets() | {"help"} or args[0].startswith("prepare-"), (
+        f"make {args[0]}: no such target"
+    )
+    done = subprocess.run(
+        ["make", "-n", *args], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 def papermill(program, args):
-    from mla_nb.experiments import Run
+    from mla_nb.runs.run import Run
+
     notebook, given = ROOT / args[0], {}
     assert notebook.exists(), f"{args[0]}: no such notebook"
     for flag, a, b in zip(args, args[1:], [*args[2:], ""]):
-        if flag in ("-p", "-r"): given[a] = b
-        if flag == "-f": given |= dict(re.findall(r"^(\w+): *(.*)$", (ROOT / a).read_text(), re.M))
+        if flag in ("-p", "-r"):
+            given[a] = b
+        if flag == "-f":
+            given |= dict(re.findall(r"^(\w+): *(.*)$", (ROOT / a).read_text(), re.M))
     assert given and set(given) <= field_names(), set(given) - field_names()
     Run(**{k: v.strip("'\"") for k, v in given.items()})
 
 
 def ours(program, args):
-    from mla_nb import experiments as e
-    if args in (["--help"], ["-h"]): return
-    if program == "mla_run": return e.parse(args)
+    from mla_nb.runs import run as e
+
+    if args in (["--help"], ["-h"]):
+        return None
+    if program == "mla_run":
+        return e.parse(args)
     if program == "mla_table":
         assert len(args) <= 1 and not any(a.startswith("-") for a in args)
-        return
+        return None
     if program == "mla_doctor":
         assert not any(a.startswith("-") for a in args)
-        return
+        return None
     if program == "mla_predict":
-        from mla_nb import ask
+        from mla_nb import predict_table as ask
+
         return ask._parser(ask.ANY).parse_args(args)
     from mla_nb import compare as c
+
     given, rest = c._grid_parser().parse_known_args(args)
-    c.plan(given.dataset, ",".join(m for m in e.split_list(given.method) if m != "unimodal"), given.seed, **e.parse(rest, every=False))
-    for lr in filter(None, given.lr.split(",")): assert float(lr) > 0
+    c.plan(
+        given.dataset,
+        ",".join(m for m in e.split_list(given.method) if m != "unimodal"),
+        given.seed,
+        **e.parse(rest, every=False),
+    )
+    for lr in filter(None, given.lr.split(",")):
+        assert float(lr) > 0
+    return None
 
 
 def python(program, args):
-    if args[0] in ("-m", "-c"): return
+    if args[0] in ("-m", "-c"):
+        return
     script = ROOT / args[0]
     assert script.exists(), f"{args[0]}: no such script"
-    if script.parent.name != "data_scripts" or args[1:] == ["--help"]: return
-    with pytest.raises(Parsed): parse_only(script, args[1:])
+    if script.parent.name != "data_scripts" or args[1:] == ["--help"]:
+        return
+    with pytest.raises(Parsed):
+        parse_only(script, args[1:])
 
 
 def torchrun(program, args):
-    at = args.index("mla_nb.experiments")
-    ours("mla_run", args[at + 1:])
+    at = args.index("mla_nb.runs.run")
+    ours("mla_run", args[at + 1 :])
 
 
-@pytest.mark.parametrize("where, words", ALL, ids=[f"{where}: {' '.join(words)[:70]}" for where, words in ALL])
+@pytest.mark.parametrize(
+    "where, words",
+    ALL,
+    ids=[f"{where}: {' '.join(words)[:70]}" for where, words in ALL],
+)
 def test_command_is_understood(where, words):
     args = [w for w in words if w not in ("…", "...")]
-    if any(re.search(r"\bNN?\b|DIR|FILE\b", w) for w in args) and args[0] == "make": args = [re.sub(r"=NN?$", "=10", w) for w in args]
+    if any(re.search(r"\bNN?\b|DIR|FILE\b", w) for w in args) and args[0] == "make":
+        args = [re.sub(r"=NN?$", "=10", w) for w in args]
     understood(args)
 
 
 def test_wrong_commands_are_found():
-    for line, error in (("make dmeo", AssertionError), ("mla_run --methd mla", ValueError), ("mla_grid --dataset synthetic --method concat,oggm", ValueError),
-                        ("papermill nbs/experiments/run.ipynb o.ipynb -p epoch 3", AssertionError), ("papermill nbs/nothing.ipynb o.ipynb -p epochs 3", AssertionError),
-                        ("python data_scripts/prepare_cremad.py --rot X", SystemExit), ("python data_scripts/prepare_nothing.py", AssertionError), ("mla_tabel runs", AssertionError)):
-        with pytest.raises(error): understood(shlex.split(line))
+    for line, error in (
+        ("make dmeo", AssertionError),
+        ("mla_run --methd mla", ValueError),
+        ("mla_grid --dataset synthetic --method concat,oggm", ValueError),
+        ("papermill nbs/experiments/run.ipynb o.ipynb -p epoch 3", AssertionError),
+        ("papermill nbs/nothing.ipynb o.ipynb -p epochs 3", AssertionError),
+        ("python data_scripts/prepare_cremad.py --rot X", SystemExit),
+        ("python data_scripts/prepare_nothing.py", AssertionError),
+        ("mla_tabel runs", AssertionError),
+    ):
+        with pytest.raises(error):
+            understood(shlex.split(line))
 
 
 def test_something_is_checked():
     "At least these are told to readers somewhere"
     seen = {words[0] for _, words in ALL}
-    assert {"make", "mla_run", "mla_grid", "mla_table", "papermill", "python"} <= seen and len(ALL) > 40
+    assert {
+        "make",
+        "mla_run",
+        "mla_grid",
+        "mla_table",
+        "papermill",
+        "python",
+    } <= seen and len(ALL) > 40
 
 
 def test_scripts_answer_help():
     for script in SCRIPTS:
-        with pytest.raises(SystemExit) as done, patch.object(sys, "argv", [script.name, "--help"]): runpy.run_path(str(script), run_name="__main__")
+        with (
+            pytest.raises(SystemExit) as done,
+            patch.object(sys, "argv", [script.name, "--help"]),
+        ):
+            runpy.run_path(str(script), run_name="__main__")
         assert done.value.code in (0, None), script.name
 
 
 @pytest.mark.parametrize("file", [f for f in TEXTS if f.exists()], ids=lambda f: f.name)
 def test_python_blocks_run(file, tmp_path, monkeypatch):
     from mla_nb.core import datasets, encoders, methods, rules
+
     monkeypatch.chdir(tmp_path)
     for code in blocks(file, "python"):
-        for old, new in SMALLER: code = code.replace(old, new)
-        with patch.dict(methods), patch.dict(rules), patch.dict(datasets), patch.dict(encoders): exec(compile(code, file.name, "exec"), {"__name__": "block"})
+        for old, new in SMALLER:
+            code = code.replace(old, new)
+        with (
+            patch.dict(methods),
+            patch.dict(rules),
+            patch.dict(datasets),
+            patch.dict(encoders),
+        ):
+            exec(compile(code, file.name, "exec"), {"__name__": "block"})
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_solutions(path):
     "One for every exercise, hidden, with code that is Python"
     text = markdown(path)
-    for code in blocks(path, "python"): ast.parse(code)
-    if "## Exercises" not in text: return
-    exercises = re.findall(r"^(\d+)\. ", text.split("## Exercises")[1].split("\n## ")[0], re.M)
-    solved = re.findall(r"<details><summary>Exercise (\d+)</summary>\n\n(.*?)\n\n</details>", text, re.S)
-    assert [k for k, _ in solved] == exercises, f"{path.name}: exercises {exercises}, solutions {[k for k, _ in solved]}"
+    for code in blocks(path, "python"):
+        ast.parse(code)
+    if "## Exercises" not in text:
+        return
+    exercises = re.findall(
+        r"^(\d+)\. ", text.split("## Exercises")[1].split("\n## ")[0], re.M
+    )
+    solved = re.findall(
+        r"<details><summary>Exercise (\d+)</summary>\n\n(.*?)\n\n</details>", text, re.S
+    )
+    assert [k for k, _ in solved] == exercises, (
+        f"{path.name}: exercises {exercises}, solutions {[k for k, _ in solved]}"
+    )
     assert all(len(s.split()) > 5 for _, s in solved)

@@ -1,43 +1,72 @@
 """Every entry of every registry keeps its contract, also those that somebody adds tomorrow."""
+
 import pytest
 import torch
 
-from mla_nb.core import InputError, Modality, check_dataset, check_encoder, datasets, discover, encoders, methods, rules
+from mla_nb.core import (
+    InputError,
+    Modality,
+    check_dataset,
+    check_encoder,
+    datasets,
+    discover,
+    encoders,
+    methods,
+    rules,
+)
 from mla_nb.data.synthetic import PRESETS, faces, sentences, synthetic, voices
-from mla_nb.fusion import check_rule, make_rule
 from mla_nb.heads import Conditioned, Head, check_head
-from mla_nb.learner import check_method
-from mla_nb.projection import check_projection
+from mla_nb.methods.fusion import check_rule, make_rule
+from mla_nb.methods.projection import check_projection
+from mla_nb.train.learner import check_method
 
 discover()
 
 
-def subclasses(cls): return {s for c in cls.__subclasses__() for s in (c, *subclasses(c))}
+def subclasses(cls):
+    return {s for c in cls.__subclasses__() for s in (c, *subclasses(c))}
 
 
 @pytest.mark.parametrize("name", sorted(rules))
-def test_rule(name): check_rule(make_rule(name))
+def test_rule(name):
+    check_rule(make_rule(name))
 
 
-HEADS = sorted((h for h in subclasses(Head) - {Conditioned} if h.__module__.startswith("mla_nb")), key=lambda h: h.__name__)
-NEED_TWO = {"film", "gated"}        # they let one modality act on the others
+HEADS = sorted(
+    (h for h in subclasses(Head) - {Conditioned} if h.__module__.startswith("mla_nb")),
+    key=lambda h: h.__name__,
+)
+NEED_TWO = {"film", "gated"}  # they let one modality act on the others
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda h: h.__name__)
 def test_head(head):
-    for mods in (("audio", "visual"), ("audio", "visual", "text"), tuple("abcd")): check_head(head, mods)
-    if not issubclass(head, Conditioned): check_head(head, ("audio",))
+    for mods in (("audio", "visual"), ("audio", "visual", "text"), tuple("abcd")):
+        check_head(head, mods)
+    if not issubclass(head, Conditioned):
+        check_head(head, ("audio",))
 
 
 @pytest.mark.parametrize("name", sorted(NEED_TWO))
 def test_one_modality_cannot_be_joined(name):
-    with pytest.raises(InputError, match="joins two or more modalities; there is only"): check_method(methods[name], ("audio",))
+    with pytest.raises(InputError, match="joins two or more modalities; there is only"):
+        check_method(methods[name], ("audio",))
 
 
-@pytest.mark.parametrize("mods", [("audio",), ("audio", "visual"), ("audio", "video", "text"), ("audio", "b", "c", "d")], ids=len)
+@pytest.mark.parametrize(
+    "mods",
+    [
+        ("audio",),
+        ("audio", "visual"),
+        ("audio", "video", "text"),
+        ("audio", "b", "c", "d"),
+    ],
+    ids=len,
+)
 @pytest.mark.parametrize("name", sorted(methods))
 def test_method(name, mods):
-    if len(mods) > 1 or name not in NEED_TWO: check_method(methods[name], mods)
+    if len(mods) > 1 or name not in NEED_TWO:
+        check_method(methods[name], mods)
 
 
 @pytest.mark.parametrize("rule", sorted(rules))
@@ -46,56 +75,107 @@ def test_method_with_any_rule(name, rule):
     "A rule given by name works with every method, trained for it or not"
     from dataclasses import replace
 
-    def factory(): return replace(methods[name](), rule=make_rule(rule))
+    def factory():
+        return replace(methods[name](), rule=make_rule(rule))
+
     factory.__name__ = f"{name} with {rule}"
     check_method(factory)
 
 
 def _items(kind, form):
     import numpy as np
+
     rng, state = np.random.default_rng(0), np.arange(6)
-    return {"wave": lambda: list(torch.from_numpy(voices(state, rng))), "features": lambda: list(torch.randn(6, 32, 32)),
-            "image": lambda: list(torch.from_numpy(faces(state, rng))), "text": lambda: sentences(state, rng),
-            "frames": lambda: [torch.from_numpy(faces(state[:3], rng)) for _ in range(6)], "vector": lambda: list(torch.randn(6, 12))}[form]()
+    return {
+        "wave": lambda: list(torch.from_numpy(voices(state, rng))),
+        "features": lambda: list(torch.randn(6, 32, 32)),
+        "image": lambda: list(torch.from_numpy(faces(state, rng))),
+        "text": lambda: sentences(state, rng),
+        "frames": lambda: [torch.from_numpy(faces(state[:3], rng)) for _ in range(6)],
+        "vector": lambda: list(torch.randn(6, 12)),
+    }[form]()
 
 
-FORMS = {"audio": ("wave", "features"), "visual": ("image", "frames"), "text": ("text",)}
-HUB = {"hf_audio", "hf_text", "hf_visual", "timm_visual"}       # need a model to be named: the same contract is in test_hub.py
-ENCODERS = [(n, k, f) for n in sorted(set(encoders) - HUB) for k in FORMS if n.endswith("_" + k) for f in (("vector",) if n == f"features_{k}" else FORMS[k])]
+FORMS = {
+    "audio": ("wave", "features"),
+    "visual": ("image", "frames"),
+    "text": ("text",),
+}
+HUB = {
+    "hf_audio",
+    "hf_text",
+    "hf_visual",
+    "timm_visual",
+}  # need a model to be named: the same contract is in test_hub.py
+ENCODERS = [
+    (n, k, f)
+    for n in sorted(set(encoders) - HUB)
+    for k in FORMS
+    if n.endswith("_" + k)
+    for f in (("vector",) if n == f"features_{k}" else FORMS[k])
+]
 
 
 @pytest.mark.parametrize("name,kind,form", ENCODERS)
 def test_encoder(name, kind, form):
-    items, mod = _items(kind, form), Modality(kind, form, {"rate": 8000, "seconds": .6} if form == "wave" else {})
+    items, mod = (
+        _items(kind, form),
+        Modality(kind, form, {"rate": 8000, "seconds": 0.6} if form == "wave" else {}),
+    )
     torch.manual_seed(0)
     enc = encoders[name](mod, items)
     check_encoder(enc, items)
     from dataclasses import asdict
-    again = encoders[name](mod, prep=asdict(enc.prep))      # a stored prep builds the same encoder without any data
-    assert again.prep == enc.prep
+
+    again = encoders[name](
+        mod, preprocessor=asdict(enc.preprocessor)
+    )  # a stored prep builds the same encoder without any data
+    assert again.preprocessor == enc.preprocessor
     again.load_state_dict(enc.state_dict())
-    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in enc.state_dict().items()}
+    assert {k: v.shape for k, v in again.state_dict().items()} == {
+        k: v.shape for k, v in enc.state_dict().items()
+    }
 
 
-def test_every_encoder_has_a_kind(): assert {n for n, *_ in ENCODERS} | HUB == set(encoders)
+def test_every_encoder_has_a_kind():
+    assert {n for n, *_ in ENCODERS} | HUB == set(encoders)
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_synthetic(preset): check_dataset(synthetic(preset, n_train=60, n_valid=20, n_test=20))
+def test_synthetic(preset):
+    check_dataset(synthetic(preset, n_train=60, n_valid=20, n_test=20))
 
 
 def test_datasets_are_known_to_these_tests():
     "Whoever adds a dataset adds its check: the ones that need files are checked where their files are made"
     from mla_nb.data.miniature import MINIATURES
+
     discover()
-    assert set(datasets) == {"synthetic", "digits", "own", *MINIATURES}         # miniatures: test_all_datasets.py; own: test_own.py
+    assert set(datasets) == {
+        "synthetic",
+        "digits",
+        "own",
+        *MINIATURES,
+    }  # miniatures: test_all_datasets.py; own: test_own.py
 
 
-@pytest.mark.parametrize("kw", [{}, {"norm": True}, {"when": "update_first"}, {"when": "update_first", "norm": True},
-                                {"denominator": "elementwise", "norm": True}, {"skip": 1}], ids=str)
-def test_projection(kw): check_projection(**kw)
+@pytest.mark.parametrize(
+    "kw",
+    [
+        {},
+        {"norm": True},
+        {"when": "update_first"},
+        {"when": "update_first", "norm": True},
+        {"denominator": "elementwise", "norm": True},
+        {"skip": 1},
+    ],
+    ids=str,
+)
+def test_projection(kw):
+    check_projection(**kw)
 
 
 def test_registries_hold_factories():
     for r in (encoders, datasets, methods):
-        for name, f in r.items(): assert callable(f) and f.__doc__, f"{r.kind} {name} has no docstring"
+        for name, f in r.items():
+            assert callable(f) and f.__doc__, f"{r.kind} {name} has no docstring"

@@ -1,4 +1,5 @@
 """CREMA-D: names, published lists, the command line from a tree of the official layout, and what can go wrong in it."""
+
 import json
 import os
 import subprocess
@@ -6,23 +7,34 @@ import sys
 from collections import Counter
 
 import pytest
-
 from conftest import ROOT, SHARED, killed_at_the_second_shard, script
+
 from mla_nb.core import InputError, check_dataset, datasets
-from mla_nb.data.cremad import LABELS, cremad_rows, cremad_splits, parse_clip, prepare_cremad
+from mla_nb.data.cremad import (
+    LABELS,
+    cremad_rows,
+    cremad_splits,
+    parse_clip,
+    prepare_cremad,
+)
 from mla_nb.data.media import read_split
 from mla_nb.data.miniature import miniature
-from mla_nb.experiments import Run, run
+from mla_nb.runs.run import Run, run
 
-SMALL = dict(audio="log_mel", seconds=1.5, size=24, progress=False)
+SMALL = {"audio": "log_mel", "seconds": 1.5, "size": 24, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory): return miniature("cremad", tmp_path_factory.mktemp("raw") / "CREMA-D", 120)
+def tree(tmp_path_factory):
+    return miniature("cremad", tmp_path_factory.mktemp("raw") / "CREMA-D", 120)
 
 
 def cli(*args, ok=True):
-    p = subprocess.run([sys.executable, str(ROOT / "data_scripts/prepare_cremad.py"), *map(str, args)], capture_output=True, text=True)
+    p = subprocess.run(
+        [sys.executable, str(ROOT / "data_scripts/prepare_cremad.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+    )
     assert (p.returncode == 0) == ok, p.stdout + p.stderr
     assert ok or "Traceback" not in p.stderr, p.stderr
     return p.stdout + p.stderr
@@ -31,51 +43,99 @@ def cli(*args, ok=True):
 @pytest.fixture(scope="session")
 def published():
     files = [SHARED / f"data/splits/cremad_ogm_{k}.csv" for k in ("train", "test")]
-    if not all(f.exists() for f in files): pytest.skip("the published lists are not here")
+    if not all(f.exists() for f in files):
+        pytest.skip("the published lists are not here")
     return files
 
 
 def test_the_published_lists_parse_and_split_as_published(published):
     lists = dict(zip(("train", "test"), map(read_split, published)))
-    assert {k: len(v) for k, v in lists.items()} == dict(train=6698, test=744)
+    assert {k: len(v) for k, v in lists.items()} == {"train": 6698, "test": 744}
     clips = [parse_clip(r["id"]) for v in lists.values() for r in v]
-    assert len({c["id"] for c in clips}) == 7442 and len({c["actor"] for c in clips}) == 91 and len({c["sentence"] for c in clips}) == 12
-    assert all(LABELS[r["label"].lower()] == parse_clip(r["id"])["y"] for v in lists.values() for r in v)
+    assert (
+        len({c["id"] for c in clips}) == 7442
+        and len({c["actor"] for c in clips}) == 91
+        and len({c["sentence"] for c in clips}) == 12
+    )
+    assert all(
+        LABELS[r["label"].lower()] == parse_clip(r["id"])["y"]
+        for v in lists.values()
+        for r in v
+    )
     splits = cremad_splits(clips, published)
     assert [len(splits[k]) for k in ("train", "valid", "test")] == [6028, 670, 744]
-    for part, names in ((splits["train"] + splits["valid"], lists["train"]), (splits["test"], lists["test"])):
-        assert Counter(r["y"] for r in part) == Counter(LABELS[r["label"].lower()] for r in names)
-    assert {c["actor"] for c in splits["test"]} == {c["actor"] for c in clips}                          # what the published split hides
+    for part, names in (
+        (splits["train"] + splits["valid"], lists["train"]),
+        (splits["test"], lists["test"]),
+    ):
+        assert Counter(r["y"] for r in part) == Counter(
+            LABELS[r["label"].lower()] for r in names
+        )
+    assert {c["actor"] for c in splits["test"]} == {
+        c["actor"] for c in clips
+    }  # what the published split hides
     apart = cremad_splits(clips, ["speaker"])
-    assert not {c["actor"] for c in apart["train"]} & {c["actor"] for c in apart["test"]}
+    assert not {c["actor"] for c in apart["train"]} & {
+        c["actor"] for c in apart["test"]
+    }
 
 
 def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine):
     out = cli("--root", mine, "--audio", "log_mel", "--seconds", 1.5, "--size", 24)
     assert "ready: data/cremad" in out and "total" in out and "anger" in out
     before = {p: p.stat().st_mtime_ns for p in (mine.parent / "data").rglob("*")}
-    assert "already prepared: 120" in cli("--root", mine, "--audio", "log_mel", "--seconds", 1.5, "--size", 24)
-    assert before == {p: p.stat().st_mtime_ns for p in (mine.parent / "data").rglob("*")}
-    assert "prepared differently (options." in cli("--root", mine, "--audio", "fbank", ok=False)
+    assert "already prepared: 120" in cli(
+        "--root", mine, "--audio", "log_mel", "--seconds", 1.5, "--size", 24
+    )
+    assert before == {
+        p: p.stat().st_mtime_ns for p in (mine.parent / "data").rglob("*")
+    }
+    assert "prepared differently (options." in cli(
+        "--root", mine, "--audio", "fbank", ok=False
+    )
     check_dataset(datasets["cremad"]())
-    r = run(Run(dataset="cremad", encoder="small", epochs=1, batch_size=32, lr=.05, progress=False, threads=1))
-    assert set(r["test"]["accuracy"]) == {"fused", "audio", "video"} and r["run"]["lr"] == .05
+    r = run(
+        Run(
+            dataset="cremad",
+            encoder="small",
+            epochs=1,
+            batch_size=32,
+            lr=0.05,
+            progress=False,
+            threads=1,
+        )
+    )
+    assert (
+        set(r["test"]["accuracy"]) == {"fused", "audio", "video"}
+        and r["run"]["lr"] == 0.05
+    )
 
 
 def test_miniature_says_what_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = cli("--miniature")
     assert "nothing in it was recorded" in out and "ready: data/cremad-miniature" in out
-    assert "made, not recorded" in json.loads((tmp_path / "data/cremad-miniature/dataset.json").read_text())["source"]["name"]
-    with pytest.raises(InputError, match="prepared are: cremad-miniature"): datasets["cremad"]()
+    assert (
+        "made, not recorded"
+        in json.loads((tmp_path / "data/cremad-miniature/dataset.json").read_text())[
+            "source"
+        ]["name"]
+    )
+    with pytest.raises(InputError, match="prepared are: cremad-miniature"):
+        datasets["cremad"]()
 
 
 def test_kill_9_is_repaired_by_running_again(mine):
     args = ["--root", str(mine), "--audio", "log_mel", "--size", "24", "--workers", "1"]
     first = killed_at_the_second_shard(mine.parent, "prepare_cremad.py", *args)
-    for out in ("cut", "whole"): script("cremad", *args, "--out", out)
-    assert {f.name: f.read_bytes() for f in (mine.parent / "cut").glob("*.arrow")} == {f.name: f.read_bytes() for f in (mine.parent / "whole").glob("*.arrow")}
-    assert all((mine.parent / "cut" / n).stat().st_mtime_ns == t for n, t in first.items())             # not made a second time
+    for out in ("cut", "whole"):
+        script("cremad", *args, "--out", out)
+    assert {f.name: f.read_bytes() for f in (mine.parent / "cut").glob("*.arrow")} == {
+        f.name: f.read_bytes() for f in (mine.parent / "whole").glob("*.arrow")
+    }
+    assert all(
+        (mine.parent / "cut" / n).stat().st_mtime_ns == t for n, t in first.items()
+    )  # not made a second time
 
 
 def test_broken_clips_are_left_out_with_a_reason(mine):
@@ -88,9 +148,19 @@ def test_broken_clips_are_left_out_with_a_reason(mine):
     wav.write_bytes(wav.read_bytes()[:500])
     out = prepare_cremad(mine, **SMALL)
     listed = (out / "skipped.csv").read_text()
-    for k, why in enumerate(("is empty", "git-lfs pointer", "cut short", "no such video", "cut short")):
-        assert any(clips[k].stem in line and why in line for line in listed.splitlines()), listed
-    assert sum(v["total"] for v in json.loads((out / "dataset.json").read_text())["counts"].values()) == 115
+    for k, why in enumerate(
+        ("is empty", "git-lfs pointer", "cut short", "no such video", "cut short")
+    ):
+        assert any(
+            clips[k].stem in line and why in line for line in listed.splitlines()
+        ), listed
+    assert (
+        sum(
+            v["total"]
+            for v in json.loads((out / "dataset.json").read_text())["counts"].values()
+        )
+        == 115
+    )
 
 
 def test_capitals_and_hidden_files_do_not_matter(mine):
@@ -102,16 +172,32 @@ def test_capitals_and_hidden_files_do_not_matter(mine):
 
 
 def test_a_clone_without_lfs_is_named_as_such(mine):
-    for f in mine.rglob("*.*v"): f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    for f in mine.rglob("*.*v"):
+        f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     said = cli("--root", mine, ok=False)
-    assert "git lfs pull" in said and "hardly the right folder" in said and not (mine.parent / "data/cremad").exists()
+    assert (
+        "git lfs pull" in said
+        and "hardly the right folder" in said
+        and not (mine.parent / "data/cremad").exists()
+    )
 
 
 def test_wrong_roots_splits_and_names(mine):
-    assert "AudioWAV: there is no such folder" in cli("--root", mine / "AudioWAV", ok=False)
-    assert "did you mean 'speaker'" in cli("--root", mine, "--split", "speakers", ok=False)
-    (mine.parent / "train.csv").write_text("1001_IEO_HAP_MD,HAP\n1099_IEO_HAP_MD,HAP\n"), (mine.parent / "test.csv").write_text("1002_IEO_HAP_MD,HAP\n")
-    assert "1 of 3 samples that are not there (1099_IEO_HAP_MD)" in cli("--root", mine, "--split", "train.csv", "test.csv", ok=False)
+    assert "AudioWAV: there is no such folder" in cli(
+        "--root", mine / "AudioWAV", ok=False
+    )
+    assert "did you mean 'speaker'" in cli(
+        "--root", mine, "--split", "speakers", ok=False
+    )
+    (
+        (mine.parent / "train.csv").write_text(
+            "1001_IEO_HAP_MD,HAP\n1099_IEO_HAP_MD,HAP\n"
+        ),
+        (mine.parent / "test.csv").write_text("1002_IEO_HAP_MD,HAP\n"),
+    )
+    assert "1 of 3 samples that are not there (1099_IEO_HAP_MD)" in cli(
+        "--root", mine, "--split", "train.csv", "test.csv", ok=False
+    )
     (mine / "AudioWAV/notes.wav").write_text("x")
     assert "'notes' is not named ACTOR_SENTENCE" in cli("--root", mine, ok=False)
     assert not (mine.parent / "data").exists()
@@ -120,4 +206,6 @@ def test_wrong_roots_splits_and_names(mine):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_one_sentence(mine):
     (mine.parent / "locked").mkdir(mode=0o500)
-    assert "cannot read or write" in cli("--root", mine, "--data", "locked", "--size", 24, ok=False)
+    assert "cannot read or write" in cli(
+        "--root", mine, "--data", "locked", "--size", 24, ok=False
+    )

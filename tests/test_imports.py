@@ -1,4 +1,5 @@
 """What importing the package costs and needs, seen from fresh interpreters; and that imports point backwards only."""
+
 import ast
 import json
 import re
@@ -6,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT
 
 BLOCK = """
@@ -19,37 +19,92 @@ sys.meta_path.insert(0, No())
 
 
 def fresh(code, blocked=()):
-    out = subprocess.run([sys.executable, "-c", BLOCK.format(blocked=set(blocked)) + code], capture_output=True, text=True, cwd=ROOT)
+    out = subprocess.run(
+        [sys.executable, "-c", BLOCK.format(blocked=set(blocked)) + code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert out.returncode == 0, out.stderr
     return out.stdout
 
 
-MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in (ROOT / "mla_nb").rglob("*.py") if p.name != "_modidx.py")
-NOTEBOOK_TOOLS = ["nbdev", "fastcore", "execnb", "IPython", "ipykernel", "jupyter", "jupyterlab", "papermill", "nbformat", "nbclient", "ipywidgets", "pytest"]
-HEAVY = ["transformers", "timm", "datasets", "torchvision", "torchaudio", "torchmetrics", "accelerate", "sklearn", "matplotlib", "tensorboard", "soundfile", "tokenizers", "pandas", "pyarrow"]
+MODULES = sorted(
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for p in (ROOT / "mla_nb").rglob("*.py")
+    if p.name != "_modidx.py"
+)
+NOTEBOOK_TOOLS = [
+    "nbdev",
+    "fastcore",
+    "execnb",
+    "IPython",
+    "ipykernel",
+    "jupyter",
+    "jupyterlab",
+    "papermill",
+    "nbformat",
+    "nbclient",
+    "ipywidgets",
+    "pytest",
+]
+HEAVY = [
+    "transformers",
+    "timm",
+    "datasets",
+    "torchvision",
+    "torchaudio",
+    "torchmetrics",
+    "accelerate",
+    "sklearn",
+    "matplotlib",
+    "tensorboard",
+    "soundfile",
+    "tokenizers",
+    "pandas",
+    "pyarrow",
+]
 
 
 def test_every_module_alone_without_notebook_tools_or_heavy_libraries():
     "Each module in an interpreter of its own would take minutes; one after the other, in a process where these libraries do not exist"
-    fresh(f"import importlib\nfor m in {MODULES!r}: importlib.import_module(m)\nfrom mla_nb.core import discover, methods\ndiscover(); assert 'mla' in methods", NOTEBOOK_TOOLS + HEAVY)
+    fresh(
+        f"import importlib\nfor m in {MODULES!r}: importlib.import_module(m)\nfrom mla_nb.core import discover, methods\ndiscover(); assert 'mla' in methods",
+        NOTEBOOK_TOOLS + HEAVY,
+    )
 
 
-@pytest.mark.parametrize("module", ["mla_nb", "mla_nb.fusion", "mla_nb.experiments", "mla_nb.data.digits"])
+@pytest.mark.parametrize(
+    "module",
+    ["mla_nb", "mla_nb.methods.fusion", "mla_nb.runs.run", "mla_nb.data.digits"],
+)
 def test_import_takes_nothing_heavy_along(module):
-    got = json.loads(fresh(f"import {module}, json\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"))
+    got = json.loads(
+        fresh(
+            f"import {module}, json\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+        )
+    )
     assert not set(got) & set(HEAVY + NOTEBOOK_TOOLS)
 
 
 def test_import_of_the_package_does_not_even_take_torch():
-    assert fresh("import mla_nb\nprint('torch' in sys.modules, mla_nb.__version__)").split()[0] == "False"
+    assert (
+        fresh(
+            "import mla_nb\nprint('torch' in sys.modules, mla_nb.__version__)"
+        ).split()[0]
+        == "False"
+    )
 
 
 def chapters():
     "Module name -> chapter number, from the notebooks"
     out = {}
     for p in (ROOT / "nbs").rglob("[0-9]*.ipynb"):
-        src = "\n".join("".join(c["source"]) for c in json.loads(p.read_text())["cells"])
-        if m := re.search(r"#\| default_exp (\S+)", src): out["mla_nb." + m[1]] = p.name.split("_")[0], p, src
+        src = "\n".join(
+            "".join(c["source"]) for c in json.loads(p.read_text())["cells"]
+        )
+        if m := re.search(r"#\| default_exp (\S+)", src):
+            out["mla_nb." + m[1]] = p.name.split("_")[0], p, src
     return out
 
 
@@ -58,10 +113,27 @@ def test_imports_point_backwards():
     known = chapters()
     assert len(known) >= 14
     for name, (k, path, src) in known.items():
-        code = "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code")
-        code = "\n".join(line for line in code.splitlines() if not line.lstrip().startswith(("%", "!", "#|")))
+        code = "\n".join(
+            "".join(c["source"])
+            for c in json.loads(path.read_text())["cells"]
+            if c["cell_type"] == "code"
+        )
+        code = "\n".join(
+            line
+            for line in code.splitlines()
+            if not line.lstrip().startswith(("%", "!", "#|"))
+        )
         for node in ast.walk(ast.parse(code)):
-            used = [node.module] if isinstance(node, ast.ImportFrom) and node.module else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            used = (
+                [node.module]
+                if isinstance(node, ast.ImportFrom) and node.module
+                else [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
             for u in used:
-                if u == name or u not in known: continue
-                assert known[u][0] < k, f"{path.name} imports {u}, which is chapter {known[u][0]}"
+                if u == name or u not in known:
+                    continue
+                assert known[u][0] < k, (
+                    f"{path.name} imports {u}, which is chapter {known[u][0]}"
+                )

@@ -1,4 +1,5 @@
 """What training promises: idle encoders, missing modalities, order, budgets, shapes of what comes out."""
+
 from dataclasses import replace
 from functools import partial
 
@@ -8,12 +9,22 @@ from torch import nn
 
 from mla_nb.core import Batch, Samples, collate, discover, methods
 from mla_nb.heads import SeparateHead, SharedHead, make_net
-from mla_nb.devices import Accelerate
-from mla_nb.learner import Callback, Learner, Method, Recorder, Schedule, concat, predict, predictions, scores
-from mla_nb.watching import Progress
-from mla_nb.batches import Loaders, Shuffle, loaders
 from mla_nb.methods.ensemble import alternating, ensemble
 from mla_nb.methods.mla import mla
+from mla_nb.train.learner import (
+    Callback,
+    Learner,
+    Method,
+    Recorder,
+    Schedule,
+    concat,
+    predict,
+    predictions,
+    scores,
+)
+from mla_nb.train.loaders import Loaders, Shuffle, loaders
+from mla_nb.train.runtime import Accelerate
+from mla_nb.train.watching import Progress
 
 discover()
 MODS = ("audio", "video", "text")
@@ -21,36 +32,70 @@ MODS = ("audio", "video", "text")
 
 def encs(mods=MODS, width=8, widths=None):
     torch.manual_seed(0)
-    out = {m: nn.Sequential(nn.Linear(5, (widths or {}).get(m, width)), nn.BatchNorm1d((widths or {}).get(m, width)), nn.ReLU()) for m in mods}
-    for m, e in out.items(): e.num_features = (widths or {}).get(m, width)
+    out = {
+        m: nn.Sequential(
+            nn.Linear(5, (widths or {}).get(m, width)),
+            nn.BatchNorm1d((widths or {}).get(m, width)),
+            nn.ReLU(),
+        )
+        for m in mods
+    }
+    for m, e in out.items():
+        e.num_features = (widths or {}).get(m, width)
     return out
 
 
-def batch(n=12, missing=0., seed=0, mods=MODS):
+def batch(n=12, missing=0.0, seed=0, mods=MODS):
     g = torch.Generator().manual_seed(seed)
     present = {m: torch.rand(n, generator=g) >= missing for m in mods}
     present[mods[0]] |= ~torch.stack(list(present.values())).any(0)
-    return Batch({m: torch.randn(n, 5, generator=g) for m in mods}, torch.randint(3, (n,), generator=g), present, torch.arange(n))
+    return Batch(
+        {m: torch.randn(n, 5, generator=g) for m in mods},
+        torch.randint(3, (n,), generator=g),
+        present,
+        torch.arange(n),
+    )
 
 
 def learner(method, batches, net=None, **kw):
-    return Learner(net or make_net(method.head, encs(), 3), Loaders(batches, batches[:1], batches[:1], Shuffle(1)), method, **kw)
+    return Learner(
+        net or make_net(method.head, encs(), 3),
+        Loaders(batches, batches[:1], batches[:1], Shuffle(1)),
+        method,
+        **kw,
+    )
 
 
-def snapshot(module): return {k: v.clone() for k, v in module.state_dict().items()}
+def snapshot(module):
+    return {k: v.clone() for k, v in module.state_dict().items()}
 
 
 @pytest.mark.parametrize("make", [ensemble, mla])
 def test_idle_encoders_are_bit_identical_even_with_momentum_and_weight_decay(make):
     class Check(Callback):
-        def __init__(self): self.n = 0
-        def after_backward(self, learn): self.idle = {m: snapshot(e) for m, e in learn.net.encs.items() if m not in learn.turn.x}
+        def __init__(self):
+            self.n = 0
+
+        def after_backward(self, learn):
+            self.idle = {
+                m: snapshot(e)
+                for m, e in learn.net.encoders.items()
+                if m not in learn.turn.x
+            }
+
         def after_step(self, learn):
             for m, was in self.idle.items():
-                for k, v in learn.net.encs[m].state_dict().items(): assert v.equal(was[k]), f"{m}.{k} moved in {list(learn.turn.x)}"
+                for k, v in learn.net.encoders[m].state_dict().items():
+                    assert v.equal(was[k]), f"{m}.{k} moved in {list(learn.turn.x)}"
             self.n += len(self.idle)
+
     check = Check()
-    learner(make(), [batch(seed=k) for k in range(4)], opt_func=partial(torch.optim.SGD, lr=.1, momentum=.9, weight_decay=.1), cbs=[check]).fit(3)
+    learner(
+        make(),
+        [batch(seed=k) for k in range(4)],
+        opt_func=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
+        cbs=[check],
+    ).fit(3)
     assert check.n == 3 * 4 * 3 * 2
 
 
@@ -58,15 +103,21 @@ def test_training_with_missing_modalities_never_reads_what_is_absent():
     "NaN in absent rows changes nothing, not even batch-norm statistics, in training and in prediction"
     for make in (concat, ensemble, mla):
         nets = []
-        for fill in (0., float("nan")):
-            bs = [batch(missing=.5, seed=k) for k in range(5)]
+        for fill in (0.0, float("nan")):
+            bs = [batch(missing=0.5, seed=k) for k in range(5)]
             for b in bs:
-                for m in b.x: b.x[m][~b.present[m]] = fill
+                for m in b.x:
+                    b.x[m][~b.present[m]] = fill
             learn = learner(make(), bs).fit(2)
             nets.append(learn)
             assert all(v.isfinite().all() for v in learn.net.state_dict().values())
-        for (k, a), b in zip(nets[0].net.state_dict().items(), nets[1].net.state_dict().values()): assert a.equal(b), (make.__name__, k)
-        assert scores(predictions(nets[0].net, nets[0].method, bs))["accuracy"].keys() >= {"fused", "audio"}
+        for (k, a), b in zip(
+            nets[0].net.state_dict().items(), nets[1].net.state_dict().values()
+        ):
+            assert a.equal(b), (make.__name__, k)
+        assert scores(predictions(nets[0].net, nets[0].method, bs))[
+            "accuracy"
+        ].keys() >= {"fused", "audio"}
 
 
 def test_a_modality_that_a_whole_batch_lacks_takes_no_turn():
@@ -74,23 +125,36 @@ def test_a_modality_that_a_whole_batch_lacks_takes_no_turn():
     b.present["video"] = torch.zeros(12, dtype=torch.bool)
     assert [list(t.x) for t in alternating()(b)] == [["audio"], ["text"]]
     learn = learner(mla(), [b])
-    before = snapshot(learn.net.encs["video"])
+    before = snapshot(learn.net.encoders["video"])
     learn.fit(2)
-    assert all(v.equal(before[k]) for k, v in learn.net.encs["video"].state_dict().items())
+    assert all(
+        v.equal(before[k]) for k, v in learn.net.encoders["video"].state_dict().items()
+    )
 
 
 def test_collate_to_prediction_without_one_modality_in_the_whole_batch():
     s = Samples({"audio": [torch.randn(5)] * 4, "text": [None] * 4}, [0, 1, 2, 0])
     net = make_net(SharedHead, encs(("audio", "text")), 3)
     p = predict(net, mla(), collate([s[i] for i in range(4)]))
-    assert p.weights[1].eq(0).all() and p.weights[0].eq(1).all() and p.fused.isfinite().all()
+    assert (
+        p.weights[1].eq(0).all()
+        and p.weights[0].eq(1).all()
+        and p.fused.isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_any_number_of_modalities(n):
     mods = [f"m{k}" for k in range(n)]
-    learn = Learner(make_net(SharedHead, encs(mods), 3), Loaders([batch(mods=mods)], [batch(mods=mods)], [], Shuffle(1)), mla(), cbs=[Recorder()]).fit(2)
-    assert set(learn.history[-1]["valid"]["accuracy"]) == {*mods, "fused"} and set(learn.history[-1]["train"]["loss"]) == set(mods)
+    learn = Learner(
+        make_net(SharedHead, encs(mods), 3),
+        Loaders([batch(mods=mods)], [batch(mods=mods)], [], Shuffle(1)),
+        mla(),
+        cbs=[Recorder()],
+    ).fit(2)
+    assert set(learn.history[-1]["valid"]["accuracy"]) == {*mods, "fused"} and set(
+        learn.history[-1]["train"]["loss"]
+    ) == set(mods)
 
 
 def test_widths_that_differ_meet_the_shared_head_through_adapters():
@@ -98,27 +162,37 @@ def test_widths_that_differ_meet_the_shared_head_through_adapters():
     assert set(net.adapters) == {"audio", "text"} and net.head.width == 16
     before = snapshot(net)
     learner(mla(), [batch()], net=net).fit(1)
-    assert all(not v.equal(before[k]) for k, v in net.state_dict().items() if "weight" in k)
+    assert all(
+        not v.equal(before[k]) for k, v in net.state_dict().items() if "weight" in k
+    )
 
 
 def test_order_of_turns_matters_with_a_shared_head_only():
     for head, same in ((SeparateHead, True), (SharedHead, False)):
-        a, b = (learner(Method(head, alternating(o)), [batch()]).fit(2).net.state_dict() for o in ("audio,video,text", "text,video,audio"))
+        a, b = (
+            learner(Method(head, alternating(o)), [batch()]).fit(2).net.state_dict()
+            for o in ("audio,video,text", "text,video,audio")
+        )
         assert all(v.equal(b[k]) for k, v in a.items()) is same
 
 
-def test_prediction_ignores_batch_size_and_neighbours():
-    learn = learner(mla(), [batch(40, .3)]).fit(3)
-    b = batch(40, .3, seed=9)
+def test_prediction_ignores_batch_size_and_neighbors():
+    learn = learner(mla(), [batch(40, 0.3)]).fit(3)
+    b = batch(40, 0.3, seed=9)
     whole = predict(learn.net, learn.method, b)
-    single = torch.cat([predict(learn.net, learn.method, b.take(torch.tensor([i]))).fused for i in range(40)])
+    single = torch.cat(
+        [
+            predict(learn.net, learn.method, b.select_rows(torch.tensor([i]))).fused
+            for i in range(40)
+        ]
+    )
     assert torch.allclose(whole.fused, single, atol=1e-5)
 
 
 def test_predict_restores_training_mode():
     net = make_net(SharedHead, encs(), 3).train()
     predict(net, mla(), batch())
-    assert net.training and net.encs["audio"].training
+    assert net.training and net.encoders["audio"].training
     predict(net.eval(), mla(), batch())
     assert not net.training
 
@@ -127,20 +201,41 @@ def test_hooks_are_called_in_order_and_after_fit_also_after_an_error():
     calls = []
 
     class Spy(Callback):
-        def __init__(self, name, order): self.name, self.order = name, order
+        def __init__(self, name, order):
+            self.name, self.order = name, order
+
         def __getattribute__(self, k):
             v = object.__getattribute__(self, k)
-            if k in {"before_fit", "after_backward", "after_step", "after_batch", "after_epoch", "after_fit"}: calls.append((self.name, k))
+            if k in {
+                "before_fit",
+                "after_backward",
+                "after_step",
+                "after_batch",
+                "after_epoch",
+                "after_fit",
+            }:
+                calls.append((self.name, k))
             return v
+
     learner(concat(), [batch()], cbs=[Spy("late", 5), Spy("early", -5)]).fit(1)
     hooks = [k for n, k in calls if n == "early"]
-    assert hooks == ["before_fit", "after_backward", "after_step", "after_batch", "after_epoch", "after_fit"]
+    assert hooks == [
+        "before_fit",
+        "after_backward",
+        "after_step",
+        "after_batch",
+        "after_epoch",
+        "after_fit",
+    ]
     assert [n for n, _ in calls[:2]] == ["early", "late"]
 
     class Boom(Callback):
-        def after_step(self, learn): raise RuntimeError("boom")
+        def after_step(self, learn):
+            raise RuntimeError("boom")
+
     calls.clear()
-    with pytest.raises(RuntimeError, match="boom"): learner(concat(), [batch()], cbs=[Spy("x", 9), Boom()]).fit(1)
+    with pytest.raises(RuntimeError, match="boom"):
+        learner(concat(), [batch()], cbs=[Spy("x", 9), Boom()]).fit(1)
     assert calls[-1] == ("x", "after_fit")
 
 
@@ -163,19 +258,27 @@ def test_equal_budgets(tmp_path):
     "Every method sees each sample once per epoch; a batch of one is dropped, because batch norm cannot train on it"
     s = Samples({"audio": [torch.randn(5) for _ in range(33)]}, [0, 1, 2] * 11)
     from mla_nb.core import Modality, Splits, stack
+
     sp = Splits("s", list("abc"), {"audio": Modality("audio", "wave")}, s, s, s)
-    assert sorted(torch.cat([b.idx for b in loaders(sp, {"audio": stack}, 8).train]).tolist()) != list(range(33))
+    assert sorted(
+        torch.cat([b.idx for b in loaders(sp, {"audio": stack}, 8).train]).tolist()
+    ) != list(range(33))
     assert sum(len(b) for b in loaders(sp, {"audio": stack}, 8).train) == 32
     assert sum(len(b) for b in loaders(sp, {"audio": stack}, 10).train) == 33
 
 
 def test_accelerate_on_cpu_changes_nothing_with_edits():
-    plain, acc = (learner(mla(), [batch(seed=k) for k in range(4)], cbs=c).fit(1) for c in ([], [NoLoader("cpu")]))
-    for a, b in zip(plain.net.state_dict().values(), acc.net.state_dict().values()): assert a.equal(b)
+    plain, acc = (
+        learner(mla(), [batch(seed=k) for k in range(4)], cbs=c).fit(1)
+        for c in ([], [NoLoader("cpu")])
+    )
+    for a, b in zip(plain.net.state_dict().values(), acc.net.state_dict().values()):
+        assert a.equal(b)
 
 
 class NoLoader(Accelerate):
     "Accelerate for lists of batches: the loader is left as it is"
+
     def before_fit(self, learn):
         keep = learn.dls
         learn.dls = replace(keep, train=torch.utils.data.DataLoader(range(1)))
@@ -188,7 +291,12 @@ def test_a_single_row_trains_with_batch_norm():
     enc = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
     enc.num_features = 8
     net = make_net(SharedHead, {"audio": enc}, 3).train()
-    b = Batch({"audio": torch.randn(3, 4)}, torch.arange(3), {"audio": torch.tensor([True, False, False])}, torch.arange(3))
+    b = Batch(
+        {"audio": torch.randn(3, 4)},
+        torch.arange(3),
+        {"audio": torch.tensor([True, False, False])},
+        torch.arange(3),
+    )
     net(b.only(["audio"])).sum().backward()
     assert enc[0].weight.grad.abs().sum() > 0 and enc.training
 
@@ -197,5 +305,10 @@ def test_a_single_row_trains_with_batch_norm():
 def test_a_batch_in_which_nobody_has_anything_is_passed_over(name):
     method = methods[name]()
     x = {m: torch.randn(4, 5) for m in ("audio", "visual")}
-    nobody = Batch(x, torch.arange(4) % 3, {m: torch.zeros(4, dtype=torch.bool) for m in x}, torch.arange(4))
+    nobody = Batch(
+        x,
+        torch.arange(4) % 3,
+        {m: torch.zeros(4, dtype=torch.bool) for m in x},
+        torch.arange(4),
+    )
     assert not list(method.turns(nobody))
