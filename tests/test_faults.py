@@ -502,7 +502,7 @@ def test_going_on_within_an_epoch_gives_the_same_bits(whole, at):
 def test_a_split_that_is_read_in_workers_goes_on_too(whole, tmp_path):
     from functools import partial
 
-    from mla_nb import batches
+    from mla_nb.train import loaders as batches
 
     cfg = replace(another(whole, "workers"), workers=2, root=str(tmp_path))
     with patch("mla_nb.runs.run.loaders", partial(batches.loaders, ready=0)):
@@ -970,7 +970,7 @@ def test_other_errors_stay_what_they_are(whole):
 def test_a_worker_that_is_really_killed(whole, tmp_path):
     from functools import partial
 
-    from mla_nb import batches
+    from mla_nb.train import loaders as batches
 
     class Murder(Callback):
         def after_batch(self, learn):

@@ -369,7 +369,7 @@ def test_e_qmf(branch):
     )
     learn = SimpleNamespace(
         net=SimpleNamespace(
-            encs=dict.fromkeys(mods), head=lambda one: next(iter(one.values()))
+            encoders=dict.fromkeys(mods), head=lambda one: next(iter(one.values()))
         ),
         dls=SimpleNamespace(sampler=Shuffle(n)),
         everyone=lambda logits: (logits, learn.turn),

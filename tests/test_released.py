@@ -218,9 +218,9 @@ def test_raw_items(saved, tmp_path):
     with pytest.raises(
         InputError, match="does not hold the dictionary.*give its vocab.txt"
     ):
-        load_released(path)[0].encs["text"].preprocessor(["a"])
+        load_released(path)[0].encoders["text"].preprocessor(["a"])
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\na\n")
-    assert load_released(path, tokenizer=str(tmp_path / "vocab.txt"))[0].encs[
+    assert load_released(path, tokenizer=str(tmp_path / "vocab.txt"))[0].encoders[
         "text"
     ].preprocessor(["a b"])["ids"].shape == (1, 256)
 

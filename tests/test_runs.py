@@ -219,7 +219,7 @@ def test_workers_give_the_same_result(tmp_path):
     from functools import partial
     from unittest.mock import patch
 
-    from mla_nb import batches
+    from mla_nb.train import loaders as batches
 
     a = run(Run(**SMALL), root=tmp_path / "a")
     with patch("mla_nb.runs.run.loaders", partial(batches.loaders, ready=0)):

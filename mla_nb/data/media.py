@@ -10,6 +10,8 @@ __all__ = ['MEDIA', 'FEATURES', 'RATE', 'HELP', 'SMALL', 'CROPS', 'write_video',
 
 # %% ../../nbs/18_files.ipynb #a3aff4cc
 import csv
+import json
+import os
 import re
 import sys
 from collections import Counter, defaultdict

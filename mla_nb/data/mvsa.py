@@ -7,7 +7,7 @@ __all__ = ['POLARITIES', 'PUBLISHED', 'LABEL_RULES', 'mvsa', 'agree', 'resolve',
            'mvsa_splits', 'normalized_text', 'prepare_mvsa']
 
 # %% ../../nbs/29_mvsa.ipynb #25fa4dce
-from collections import Counter
+import re
 from pathlib import Path
 
 from ..core import InputError, unknown

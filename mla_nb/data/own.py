@@ -14,6 +14,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import np
+
 from ..core import InputError, Splits, datasets, unknown
 from mla_nb.data.media import (
     MEDIA,

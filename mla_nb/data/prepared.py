@@ -13,6 +13,7 @@ import io
 import json
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor

@@ -14,7 +14,6 @@ import ast
 import hashlib
 import json
 import math
-import os
 import platform
 import re
 import shutil
@@ -43,7 +42,7 @@ from mla_nb.core import (
 )
 from ..evaluation import TemperatureScaled, temperatures
 from ..heads import make_net
-from ..methods.fusion import FixedWeights, make_rule, share
+from ..methods.fusion import FixedWeights, make_rule
 from ..missing import FILLS, draw_item, rate_text, with_missing
 from mla_nb.tools import (
     Locked,
