@@ -60,7 +60,7 @@ EXCEPTIONS = {  # chapter -> limit -> (how far it may be broken, why)
         "plots": (1, "about folders and file names; one picture of each miniature")
     },
 }
-EXPORT = re.compile(r"^#\|\s*exports?\s*$", re.M)
+EXPORT = re.compile(r"^#\|\s*exports?(\s+[\w.]+)?\s*$", re.M)
 ALT = re.compile(r"^#\|\s*fig-alt:\s*(\S.*)$", re.M)
 CHECKS = re.compile(r"\b(assert|test_\w+|expect_fail|check_\w+)\b")
 NEAR = 6  # cells that export nothing, after its own, in which a definition is asserted

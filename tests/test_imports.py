@@ -103,8 +103,8 @@ def chapters():
         src = "\n".join(
             "".join(c["source"]) for c in json.loads(p.read_text())["cells"]
         )
-        if m := re.search(r"#\| default_exp (\S+)", src):
-            out["mla_nb." + m[1]] = p.name.split("_")[0], p, src
+        for m in re.findall(r"^#\| (?:default_exp|exports?) (\S+)", src, re.M):
+            out["mla_nb." + m] = p.name.split("_")[0], p, src
     return out
 
 
@@ -132,7 +132,7 @@ def test_imports_point_backwards():
                 else []
             )
             for u in used:
-                if u == name or u not in known:
+                if u not in known or known[u][1] == path or u == "mla_nb.tools":
                     continue
                 assert known[u][0] < k, (
                     f"{path.name} imports {u}, which is chapter {known[u][0]}"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mla_nb.core import Batch, Samples, collate, discover, methods
+from mla_nb.encoders.base import ModuleEncoder
 from mla_nb.heads import SeparateHead, SharedHead, make_net
 from mla_nb.methods.ensemble import alternating, ensemble
 from mla_nb.methods.mla import mla
@@ -32,17 +33,12 @@ MODS = ("audio", "video", "text")
 
 def encs(mods=MODS, width=8, widths=None):
     torch.manual_seed(0)
-    out = {
-        m: nn.Sequential(
-            nn.Linear(5, (widths or {}).get(m, width)),
-            nn.BatchNorm1d((widths or {}).get(m, width)),
-            nn.ReLU(),
-        )
-        for m in mods
-    }
-    for m, e in out.items():
-        e.num_features = (widths or {}).get(m, width)
-    return out
+
+    def encoder(n):
+        layers = nn.Linear(5, n), nn.BatchNorm1d(n), nn.ReLU()
+        return ModuleEncoder(nn.Sequential(*layers), n)
+
+    return {m: encoder((widths or {}).get(m, width)) for m in mods}
 
 
 def batch(n=12, missing=0.0, seed=0, mods=MODS):
@@ -288,8 +284,8 @@ class NoLoader(Accelerate):
 
 def test_a_single_row_trains_with_batch_norm():
     "One row has no batch statistics: the encoder then uses those it has, and still learns"
-    enc = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
-    enc.num_features = 8
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+    enc = ModuleEncoder(layers, 8)
     net = make_net(SharedHead, {"audio": enc}, 3).train()
     b = Batch(
         {"audio": torch.randn(3, 4)},
@@ -298,7 +294,7 @@ def test_a_single_row_trains_with_batch_norm():
         torch.arange(3),
     )
     net(b.only(["audio"])).sum().backward()
-    assert enc[0].weight.grad.abs().sum() > 0 and enc.training
+    assert layers[0].weight.grad.abs().sum() > 0 and enc.training
 
 
 @pytest.mark.parametrize("name", sorted(set(methods) - {"unimodal"}))

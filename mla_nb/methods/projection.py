@@ -13,6 +13,7 @@ import torch
 from torch import nn, tensor
 
 from ..core import Batch, InputError, select_rows, unknown, validate_option
+from ..encoders.base import ModuleEncoder
 from ..heads import SharedHead, make_net
 from ..tools import modality_color, play, set_seed, slider
 from ..train.learner import Callback, Learner, Method
@@ -292,9 +293,9 @@ def check_projection(
         {m: torch.ones(8, dtype=torch.bool) for m in x},
         torch.arange(8),
     )
-    encs = {m: nn.Sequential(nn.Linear(5, 16), nn.ReLU()) for m in x}
-    for e in encs.values():
-        e.num_features = 16
+    encs = {
+        m: ModuleEncoder(nn.Sequential(nn.Linear(5, 16), nn.ReLU()), 16) for m in x
+    }
     method, edit = Method(SharedHead), GradProjection(**kw)
     learn = Learner(
         make_net(SharedHead, encs, 3), Loaders([b] * 20, [b], [b], Shuffle(8)), method

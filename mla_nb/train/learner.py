@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import Batch, InputError, methods, unknown
+from ..encoders.base import ModuleEncoder
 from mla_nb.heads import (
     ConcatHead,
     FilmHead,
@@ -581,8 +582,7 @@ def _toy(mods, n, seed):
     }
     encs = {}
     for m in mods:
-        encs[m] = nn.Sequential(nn.Linear(5, 8), nn.ReLU())
-        encs[m].num_features = 8
+        encs[m] = ModuleEncoder(nn.Sequential(nn.Linear(5, 8), nn.ReLU()), 8)
     return Batch(
         x, y, {m: torch.ones(n, dtype=torch.bool) for m in mods}, torch.arange(n)
     ), encs

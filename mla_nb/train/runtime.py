@@ -292,7 +292,7 @@ class Augment(Callback):
             {
                 m: e.preprocessor
                 for m, e in learn.net.encoders.items()
-                if hasattr(getattr(e, "preprocessor", None), "vary")
+                if e.preprocessor.augmentations
             },
         )
         if not self.preprocessors:
@@ -320,7 +320,7 @@ class Augment(Callback):
 
     def varied(self, m, x, seeds):
         return torch.stack(
-            [self.preprocessors[m].vary(v, s, self.what) for v, s in zip(x, seeds)]
+            [self.preprocessors[m].augment(v, s, self.what) for v, s in zip(x, seeds)]
         )
 
 # %% ../../nbs/33_processes.ipynb #5eca709e
