@@ -333,7 +333,7 @@ def test_features_of_hub_models(mine, capsys):
         ),
     ):
         part.save_pretrained("clip")
-    assert "reads text and visual, not audio; name an encoder for each modality" in cli(
+    assert "reads text and image, not audio; name an encoder for each modality" in cli(
         "--data", mine, "--encoder", "hf:clip"
     )
     assert (

@@ -553,7 +553,7 @@ def test_pictures_are_resized_and_cut():
 
 def test_filter_banks_of_waveforms_and_stored_ones():
     bank = HubFbank(1.0, 2.0, 64, 16)
-    assert torch.allclose(bank([torch.full((64, 16), 5.0)]), torch.ones(1, 64, 16))
+    assert torch.allclose(bank.inputs([torch.full((64, 16), 5.0)]), torch.ones(1, 64, 16))
     assert HubFbank(0.0, 1.0, 64, 16, 8000)([waves()[0]]).shape == (1, 64, 16)
 
 

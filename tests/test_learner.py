@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mla_nb.core import Batch, Samples, collate, discover, methods
-from mla_nb.encoders.base import ModuleEncoder
+from mla_nb.encoders.base import ModuleEncoder, Preprocessor
 from mla_nb.heads import SeparateHead, SharedHead, make_net
 from mla_nb.methods.ensemble import alternating, ensemble
 from mla_nb.methods.mla import mla
@@ -253,14 +253,14 @@ def test_schedule_resumes_at_the_right_rate():
 def test_equal_budgets(tmp_path):
     "Every method sees each sample once per epoch; a batch of one is dropped, because batch norm cannot train on it"
     s = Samples({"audio": [torch.randn(5) for _ in range(33)]}, [0, 1, 2] * 11)
-    from mla_nb.core import Modality, Splits, stack
+    from mla_nb.core import Modality, Splits
 
     sp = Splits("s", list("abc"), {"audio": Modality("audio", "wave")}, s, s, s)
     assert sorted(
-        torch.cat([b.idx for b in loaders(sp, {"audio": stack}, 8).train]).tolist()
+        torch.cat([b.idx for b in loaders(sp, {"audio": Preprocessor()}, 8).train]).tolist()
     ) != list(range(33))
-    assert sum(len(b) for b in loaders(sp, {"audio": stack}, 8).train) == 32
-    assert sum(len(b) for b in loaders(sp, {"audio": stack}, 10).train) == 33
+    assert sum(len(b) for b in loaders(sp, {"audio": Preprocessor()}, 8).train) == 32
+    assert sum(len(b) for b in loaders(sp, {"audio": Preprocessor()}, 10).train) == 33
 
 
 def test_accelerate_on_cpu_changes_nothing_with_edits():

@@ -21,9 +21,9 @@ from mla_nb.core import (
     discover,
     encoders,
     methods,
-    stack,
 )
 from mla_nb.data.synthetic import synthetic
+from mla_nb.encoders.base import Preprocessor
 from mla_nb.heads import SharedHead, make_net
 from mla_nb.methods.mla import mla
 from mla_nb.methods.projection import GradProjection
@@ -474,9 +474,10 @@ def test_a_first_sample_that_lacks_much_does_not_hide_how_large_a_split_is():
         big,
         big,
     )
+    preprocessors = {m: Preprocessor() for m in s.modalities}
     for ready, kept in ((10**6, TensorSplit), (50_000, Samples)):
         assert (
-            type(loaders(s, {"audio": stack, "text": stack}, ready=ready).train.dataset)
+            type(loaders(s, preprocessors, ready=ready).train.dataset)
             is kept
         )
 
