@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'encoders', 'datasets', 'methods', 'rules', 'health_checks', 'FORMS', 'InputError', 'UnknownName', 'nearest',
            'unknown', 'Registry', 'validate_option', 'call', 'discover', 'Samples', 'Modality', 'Splits',
            'check_splits', 'infer_modality', 'splits_from_arrays', 'select_rows', 'to_device', 'Batch', 'stack',
-           'scatter_rows', 'collate', 'TensorSplit', 'check_encoder', 'check_dataset']
+           'scatter_rows', 'collate', 'TensorSplit', 'check_dataset']
 
 # %% ../nbs/01_data.ipynb #0d8267bd
 import difflib
@@ -201,7 +201,8 @@ class Samples(Dataset):
 # %% ../nbs/01_data.ipynb #000797e7
 FORMS = {
     "audio": ("wave", "features", "vector"),
-    "visual": ("image", "frames", "vector"),
+    "image": ("image", "vector"),
+    "video": ("frames", "vector"),
     "text": ("text", "vector"),
 }
 
@@ -210,7 +211,7 @@ FORMS = {
 class Modality:
     "What the items of one modality are"
 
-    kind: str  # 'audio', 'visual' or 'text'
+    kind: str  # 'audio', 'image', 'video' or 'text'
     form: str  # 'wave', 'features', 'image', 'frames', 'text' or 'vector' (extracted features)
     info: dict = field(
         default_factory=dict
@@ -285,7 +286,8 @@ def infer_modality(
         list(x.shape),
     )
     if pixels:
-        return Modality("visual", "image" if x.dim() == 3 else "frames")
+        kind, form = ("image", "image") if x.dim() == 3 else ("video", "frames")
+        return Modality(kind, form)
     if x.is_floating_point() and x.dim() in (1, 2):
         return Modality("audio", ("vector", "features")[x.dim() - 1], {"shape": shape})
     raise InputError(
@@ -480,28 +482,6 @@ class TensorSplit(Dataset):
 
     def __getitems__(self, rows: list[int]) -> Batch:
         return self.batch.select_rows(tensor(rows))
-
-# %% ../nbs/01_data.ipynb #9c5399cc
-def check_encoder(
-    enc,  # a module with `num_features`, and optionally `prep`
-    items,  # at least two raw items of its modality
-):
-    "Contract of an encoder: raw items -> (B, num_features), finite, also for a batch of one"
-    x = getattr(enc, "preprocessor", stack)(items)
-    assert isinstance(enc.num_features, int), (
-        f"{type(enc).__name__} has no number num_features"
-    )
-    training, _ = enc.training, enc.eval()
-    with torch.no_grad():
-        z, one = enc(x), enc(select_rows(x, tensor([0])))
-    enc.train(training)
-    assert z.shape == (len(items), enc.num_features), (
-        f"features are {tuple(z.shape)}, not {(len(items), enc.num_features)}"
-    )
-    assert z.isfinite().all(), "features are not finite"
-    assert torch.allclose(z[:1], one, atol=1e-4), (
-        "in eval mode a sample's features depend on its neighbors"
-    )
 
 # %% ../nbs/01_data.ipynb #fe7f75d7
 def check_dataset(

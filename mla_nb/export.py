@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -205,7 +204,7 @@ def described(p: Predictor) -> dict:
         "outputs": ["fused", "logits", *(["weights"] if p.method.rule else [])],
         "rule": rule_name(p.method.rule),
         "preprocessors": {
-            m: dict(kind=type(e.preprocessor).__name__, **asdict(e.preprocessor))
+            m: dict(kind=type(e.preprocessor).__name__, **e.preprocessor.config())
             for m, e in p.net.encoders.items()
         },
         "dataset": p.about.get("dataset", {}),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .core import Batch, InputError, select_rows, unknown
+from .encoders.base import Encoder
 
 # %% ../nbs/06_heads.ipynb #d326dd36
 class Head(nn.Module):
@@ -186,6 +187,12 @@ class Net(nn.Module):
 
     def __init__(self, encs: dict, head: Head):
         super().__init__()
+        for m, enc in encs.items():
+            if not isinstance(enc, Encoder):
+                raise TypeError(
+                    f"{m}: a {type(enc).__name__} is not an Encoder; "
+                    "wrap it: ModuleEncoder(net, num_features)"
+                )
         self.encoders, self.head = nn.ModuleDict(encs), head
         self.adapters = nn.ModuleDict(
             {
@@ -209,9 +216,7 @@ class Net(nn.Module):
         if alone:
             enc.eval()  # one row has no batch statistics
         x = x if rows is None else select_rows(x, rows)
-        if getattr(x, "dtype", None) == torch.uint8:
-            x = enc.preprocessor.finish(x)  # pictures travel as bytes
-        z = enc(x)
+        z = enc(enc.preprocessor.normalize(x))
         if alone:
             enc.train()
         if m in self.adapters:

@@ -9,7 +9,7 @@ __all__ = ['as_pixels', 'as_wave', 'plain_item', 'read_item', 'as_samples', 'Ans
 # %% ../nbs/39_predict.ipynb #4f083398
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,7 @@ from mla_nb.core import (
     unknown,
     validate_option,
 )
-from .encoders.audio import load_wave
-from .encoders.image import decode_image
+from .data.decode import decode_image, load_wave
 from .heads import Net
 from .methods.fusion import entropy
 from .missing import draw_item
@@ -477,10 +476,7 @@ class Predictor:
     @torch.inference_mode()
     def answer(self, items: list) -> Pred:
         "Predictions about items that were read"
-        preprocessors = {
-            m: getattr(e.preprocessor, "pack", e.preprocessor)
-            for m, e in self.net.encoders.items()
-        }  # pictures travel as bytes
+        preprocessors = {m: e.preprocessor for m, e in self.net.encoders.items()}
         b = collate(
             [{"x": x, "y": 0, "idx": i} for i, x in enumerate(items)], preprocessors
         )
@@ -689,7 +685,7 @@ def _save(self, folder) -> Path:
     texts = {
         "config.json": json.dumps(self.about, indent=1),
         "preprocessors.json": json.dumps(
-            {m: asdict(e.preprocessor) for m, e in self.net.encoders.items()}
+            {m: e.preprocessor.config() for m, e in self.net.encoders.items()}
         ),
         "result.json": json.dumps(self.result, indent=1),
         "README.md": card(self),

@@ -350,8 +350,8 @@ DOC = """What is in these files? A trained run answers, and says why.
 
 ANY = {
     "audio": Modality("audio", "wave"),
-    "video": Modality("visual", "frames"),
-    "image": Modality("visual", "image"),
+    "video": Modality("video", "frames"),
+    "image": Modality("image", "image"),
     "text": Modality("text", "text"),
 }  # for --help alone
 

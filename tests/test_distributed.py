@@ -26,6 +26,7 @@ from mla_nb.core import (
     discover,
     methods,
 )
+from mla_nb.encoders.base import ModuleEncoder
 from mla_nb.heads import make_net
 from mla_nb.methods.base import Callback
 from mla_nb.tools import set_seed
@@ -67,11 +68,8 @@ def batch(n, seed, missing=0.0, lacks=()):
 
 
 def encoder(width=6, norm=False):
-    e = nn.Sequential(
-        nn.Linear(5, width), *([nn.BatchNorm1d(width)] if norm else []), nn.Tanh()
-    )
-    e.num_features = width
-    return e
+    layers = nn.Linear(5, width), *([nn.BatchNorm1d(width)] if norm else []), nn.Tanh()
+    return ModuleEncoder(nn.Sequential(*layers), width)
 
 
 FIRST, SECOND = slice(0, 8), slice(8, 16)

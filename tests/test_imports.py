@@ -108,8 +108,8 @@ def chapters():
         src = "\n".join(
             "".join(c["source"]) for c in json.loads(p.read_text())["cells"]
         )
-        if m := re.search(r"#\| default_exp (\S+)", src):
-            out["mla_nb." + m[1]] = p.name.split("_")[0], p, src
+        for m in re.findall(r"^#\| (?:default_exp|exports?) (\S+)", src, re.M):
+            out["mla_nb." + m] = p.name.split("_")[0], p, src
     return out
 
 
@@ -136,7 +136,7 @@ def test_imports_point_backwards():
         for node in ast.walk(ast.parse("\n".join(exported(path)))):
             if not isinstance(node, ast.ImportFrom) or node.module not in known:
                 continue
-            ahead = known[node.module][0] >= k
+            ahead = known[node.module][0] > k
             used |= {(name, node.module)} if ahead else set()
             assert not ahead or node.module in allowed, (
                 f"{path.name} imports {node.module}: chapter {known[node.module][0]}"

@@ -19,6 +19,7 @@ from conftest import POINTER, ROOT
 from mla_nb import export as X
 from mla_nb.core import InputError, UnknownName, discover, rules
 from mla_nb.data.cremad import cremad_rows, prepare_cremad
+from mla_nb.data.decode import encode_image
 from mla_nb.data.digits import prepare_digits, read_archive
 from mla_nb.data.iemocap import iemocap_rows, prepare_iemocap
 from mla_nb.data.miniature import miniature
@@ -30,7 +31,7 @@ from mla_nb.data.own import (
     prepare_own,
     read_table,
 )
-from mla_nb.encoders.image import encode_image
+from mla_nb.encoders.base import Encoder
 from mla_nb.evaluation import TemperatureScaled
 from mla_nb.export import check_export, export_onnx, export_program
 from mla_nb.heads import make_net
@@ -819,7 +820,7 @@ def test_resnet18_exports(p, s, here):
     from mla_nb.core import encoders
 
     encs = {
-        m: encoders["resnet18_audio" if m == "audio" else "resnet18_visual"](
+        m: encoders["resnet18_audio" if m == "audio" else "resnet18_image"](
             s.modalities[m], s.train.column(m)[:8]
         )
         for m in ("audio", "visual")
@@ -835,14 +836,16 @@ def test_resnet18_exports(p, s, here):
 
 
 def test_what_cannot_be_exported_is_one_sentence(p, here):
-    class Odd(torch.nn.Module):
-        num_features, preprocessor = 64, p.net.encoders["audio"].preprocessor
-
+    class Odd(Encoder):
         def forward(self, x):
             return x.flatten(1)[:, :64] * (2.0 if float(x.sum()) > 0 else 1.0)
 
     q = Predictor(
-        make_net(p.method.head, {**p.net.encoders, "audio": Odd()}, 6),
+        make_net(
+            p.method.head,
+            {**p.net.encoders, "audio": Odd(64, p.net.encoders["audio"].preprocessor)},
+            6,
+        ),
         p.method,
         p.about,
         p.result,

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_nb.core import Batch, InputError, discover, methods
+from mla_nb.encoders.base import ModuleEncoder
 from mla_nb.encoders.image import Pixels
 from mla_nb.heads import make_net
 from mla_nb.methods.base import predictions
@@ -56,9 +57,9 @@ def batch(n=12, missing=0.0, seed=0):
 
 def learner(method, batches, **kw):
     set_seed(0)
-    encs = {m: nn.Sequential(nn.Linear(5, 8), nn.Tanh()) for m in MODS}
-    for e in encs.values():
-        e.num_features = 8
+    encs = {
+        m: ModuleEncoder(nn.Sequential(nn.Linear(5, 8), nn.Tanh()), 8) for m in MODS
+    }
     return Learner(
         make_net(method.head, encs, 3),
         Loaders(batches, batches, batches, Shuffle(40)),
@@ -359,12 +360,12 @@ def test_only_training_pictures_vary():
 def test_all_frames_of_a_clip_alike():
     frame = torch.randint(0, 255, (3, 24, 24), dtype=torch.uint8)
     for seed in range(20):
-        clip = Pixels(24).vary(torch.stack([frame] * 3), seed)
+        clip = Pixels(24).augment(torch.stack([frame] * 3), seed)
         assert (
             clip.dtype == torch.uint8
             and clip[0].equal(clip[1])
             and clip[0].equal(clip[2])
-            and clip[0].equal(Pixels(24).vary(frame, seed))
+            and clip[0].equal(Pixels(24).augment(frame, seed))
         )
 
 
@@ -372,7 +373,7 @@ def test_the_callers_chance_is_left_alone():
     torch.manual_seed(3)
     a = torch.rand(1)
     torch.manual_seed(3)
-    Pixels(8).vary(torch.zeros(3, 8, 8), 1)
+    Pixels(8).augment(torch.zeros(3, 8, 8), 1)
     assert torch.rand(1).equal(a)
 
 

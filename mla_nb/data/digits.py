@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from ..core import InputError, Modality, Splits, datasets, unknown, validate_option
+from .decode import decode_image, decode_wave, encode_image, load_wave
 from .prepared import load_prepared, pack, prepare, unpack
-from ..encoders.audio import decode_wave, load_wave, log_mel
-from ..encoders.image import decode_image, encode_image
+from ..signals import log_mel
 from ..tools import write_atomic
 
 # %% ../../nbs/26_digits.ipynb #34e7802c
@@ -427,7 +427,7 @@ def prepare_digits(
                 "frames": 32,
             },
         ),
-        "image": Modality("visual", "image", {"size": 16}),
+        "image": Modality("image", "image", {"size": 16}),
     }
     return prepare(
         out or Path(data) / digits_folder(o),

@@ -23,17 +23,9 @@ import numpy as np
 import torch
 
 from ..core import InputError, Modality, Splits, datasets, unknown, validate_option
+from .decode import encode_image, file_problem, load_wave
 from .prepared import META, evenly, load_prepared, pack, prepare, unpack
-from mla_nb.encoders.audio import (
-    excerpt,
-    fbank,
-    file_problem,
-    load_wave,
-    log_mel,
-    log_spectrogram,
-    tile,
-)
-from ..encoders.image import encode_image
+from ..signals import excerpt, fbank, log_mel, log_spectrogram, tile
 from ..tools import read_json
 
 # %% ../../nbs/18_files.ipynb #2993676a
@@ -330,9 +322,9 @@ def media_modalities(
             },
         ),
         "video": lambda: Modality(
-            "visual", "frames", {"size": o["size"], "fps": o["fps"], "use": o["frames"]}
+            "video", "frames", {"size": o["size"], "fps": o["fps"], "use": o["frames"]}
         ),
-        "image": lambda: Modality("visual", "image", {"size": o["size"]}),
+        "image": lambda: Modality("image", "image", {"size": o["size"]}),
         "text": lambda: Modality("text", "text"),
     }
     return {m: made[m]() for m in made if m in names}

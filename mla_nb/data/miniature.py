@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError, unknown, validate_option
+from .decode import encode_image
 from .media import RATE, write_video
 from .synthetic import faces, render, turn_knobs
-from ..encoders.image import encode_image
 
 # %% ../../nbs/25_miniature.ipynb #28da7050
 def moods(

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError, Splits, datasets, unknown
+from .decode import encode_image
 from mla_nb.data.media import (
     MEDIA,
     RATE,
@@ -37,7 +38,6 @@ from mla_nb.data.media import (
 )
 from .miniature import clip_of, moods
 from .prepared import load_prepared
-from ..encoders.image import encode_image
 from ..tools import write_atomic
 
 # %% ../../nbs/31_own.ipynb #52b816e5

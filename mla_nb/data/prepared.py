@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..core import InputError, Modality, Splits, health_checks, validate_option
-from ..encoders.image import decode_image
+from .decode import decode_image
 from ..tools import locked, read_json, sha256, write_atomic
 
 # %% ../../nbs/17_prepared.ipynb #5f91593e

@@ -352,7 +352,7 @@ def synthetic(
     k, mods = turn_knobs(preset, **knobs), [m.strip() for m in modalities.split(",")]
     kinds = {
         "audio": Modality("audio", "wave", {"rate": k.rate}),
-        "visual": Modality("visual", "image"),
+        "visual": Modality("image", "image"),
         "text": Modality("text", "text"),
     }
     for m in mods:

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch.nn.functional as F
 
-from ..core import Batch, methods
+from ..core import Batch, InputError, methods, unknown
 from mla_nb.heads import (
     ConcatHead,
     FilmHead,

@@ -754,7 +754,12 @@ def _forget(folder, was_there):
 def _recipes(cfg, net, mods):
     "How to build each encoder again; `recipe` replaces options that would look something up elsewhere"
     return {
-        m: {"name": name, "options": getattr(net.encoders[m], "recipe", options)}
+        m: {
+            "name": name,
+            "options": options
+            if net.encoders[m].recipe is None
+            else net.encoders[m].recipe,
+        }
         for m, (name, options) in encoder_names(cfg.encoder, mods).items()
     }
 
@@ -777,7 +782,7 @@ def _describe(cfg, s, learn):
     write_atomic(cfg.folder / "config.json", json.dumps(about, indent=1))
     write_atomic(
         cfg.folder / "preprocessors.json",
-        json.dumps({m: asdict(e.preprocessor) for m, e in learn.net.encoders.items()}),
+        json.dumps({m: e.preprocessor.config() for m, e in learn.net.encoders.items()}),
     )
     seal(cfg.folder, "config.json", "preprocessors.json")
 
