@@ -13,11 +13,14 @@ from torch import nn
 
 from ..core import select_rows, stack
 
-# %% ../../nbs/03_audio.ipynb #8487fda5
+# %% ../../nbs/03_audio.ipynb #84acc1d7
 class Preprocessor(nn.Module):
     "Turns raw items of one modality into what its encoder reads"
 
     augmentations: tuple = ()  # what `augment` can do
+
+    def __init__(self):
+        super().__init__()
 
     def fit(self, items) -> "Preprocessor":
         "Take statistics from training items"
