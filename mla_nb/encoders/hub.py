@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import InputError, Modality, encoders, nearest, stack, unknown
+from ..core import InputError, Modality, encoders, stack, unknown
 from .audio import excerpt, fbank, with_preprocessor
 from .image import OverFrames, Pixels
 from .text import Tokens
-from ..tools import read_json
+from ..tools import nearest, read_json
 
 # %% ../../nbs/23_hub.ipynb #ecf8e735
 FILES = [
