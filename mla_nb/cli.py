@@ -19,13 +19,12 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Annotated
-from unittest.mock import patch
 
 import typer
 
 from ._index import INDEX
 from .runs.config import PRESET, Run, split_list, with_args, with_options
-from .tools import InputError, nearest, read_json, unknown, write_atomic
+from .tools import InputError, read_json, unknown, write_atomic
 
 # %% ../nbs/42_command.ipynb #bb81942f
 @contextmanager
@@ -308,7 +307,8 @@ def table(
     from mla_nb.compare import plot_accuracies, results
     from mla_nb.compare import table as table_of
 
-    with patch.object(warnings, "showwarning", _warn):
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
         found = results(root)
     if not found:
         raise InputError(
@@ -509,8 +509,11 @@ def _script(name, args):
     path = SCRIPTS / name
     if not path.exists():
         raise InputError(f"{path} is not there; this command needs a checkout.")
-    with patch.object(sys, "argv", [name, *args]):
+    before, sys.argv = sys.argv, [name, *args]
+    try:
         runpy.run_path(str(path), run_name="__main__")
+    finally:
+        sys.argv = before
 
 
 COMMANDS = {c.name or c.callback.__name__ for c in app.registered_commands}

@@ -113,7 +113,7 @@ encoders, datasets, methods, rules = map(
 )
 health_checks = Registry(
     "checkup"
-)  # by the file that marks a folder: what `mla_doctor` looks at there (chapter 43)
+)  # by the file that marks a folder: what `mla doctor` looks at there (chapter 43)
 
 # %% ../nbs/01_data.ipynb #51f95aa0
 def discover(

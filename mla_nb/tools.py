@@ -22,8 +22,6 @@ import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 # %% ../nbs/46_tools.ipynb #b6b07457
 class InputError(ValueError):
     "A wrong input. The message says what was given, what is allowed and what to try."
@@ -257,6 +255,8 @@ NO_LOCKS = errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS
 
 def _acquired(path, what):
     "A lock that is held; None on a file system without locks"
+    from filelock import FileLock, Timeout
+
     lock, me = FileLock(path), f"process {os.getpid()} on {platform.node()}"
     try:
         lock.acquire(timeout=0)

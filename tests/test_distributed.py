@@ -400,7 +400,7 @@ def test_the_command_with_gaps_and_shares_of_everything(tmp_path):
         "mla_fixed",
         "--missing",
         ".5",
-        "--accumulate",
+        "--accumulation_steps",
         "2",
         "--augment",
         "flip",
@@ -459,15 +459,15 @@ def test_accumulate_through_run(tmp_path):
     cfg = Run(
         dataset_args="n_train=96,n_valid=32,n_test=32",
         batch_size=16,
-        accumulate=3,
+        accumulation_steps=3,
         root=str(tmp_path),
     )
     s = make_dataset(cfg)
     [acc] = [c for c in build(cfg, s).cbs if isinstance(c, Accelerate)]
     assert acc.piece == 16 and [len(b) for b in build(cfg, s).dls.train] == [48, 48]
     assert (
-        replace(cfg, accumulate=1).id != cfg.id
-        and Run().id == Run(accumulate=1, shuffle="all", augment="").id
+        cfg.replace(accumulation_steps=1).id != cfg.id
+        and Run().id == Run(accumulation_steps=1, shuffle="all", augment="").id
     )
 
 
@@ -540,10 +540,10 @@ def test_buckets():
 @pytest.mark.parametrize(
     "kw,says",
     [
-        ({"accumulate": 0}, "accumulate=0: must be a whole number of at least 1"),
+        ({"accumulation_steps": 0}, "accumulation_steps=0: must be a whole number of at least 1"),
         ({"shuffle": "shard"}, "must be 'all' or 'shards'"),
         ({"augment": "zoom"}, "'crop', 'flip' or 'crop,flip'"),
-        ({"acumulate": 2}, "did you mean 'accumulate'"),
+        ({"acumulation_steps": 2}, "did you mean 'accumulation_steps'"),
     ],
 )
 def test_wrong_options_are_one_sentence(kw, says):

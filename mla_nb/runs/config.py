@@ -87,7 +87,9 @@ def _sentence(cls, error: ValidationError) -> InputError:
 class Config(BaseModel):
     "A frozen model that answers a wrong value in one sentence"
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True
+    )
 
     def __init__(self, **values):
         for k in values:
