@@ -32,9 +32,7 @@ def test_compare(tmp_path):
     for what in ("Bayes accuracy", "95% interval", "seconds per epoch", "image/png"):
         assert what in said
     assert said.count("| mla |") >= 2
-    for wrong, says in (
-        ({"root": str(tmp_path / "none")}, "make some with mla grid"),
-    ):
+    for wrong, says in (({"root": str(tmp_path / "none")}, "make some with mla grid"),):
         with pytest.raises(pm.PapermillExecutionError, match=says):
             pm.execute_notebook(
                 ROOT / "nbs/experiments/compare.ipynb",

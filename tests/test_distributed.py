@@ -540,7 +540,10 @@ def test_buckets():
 @pytest.mark.parametrize(
     "kw,says",
     [
-        ({"accumulation_steps": 0}, "accumulation_steps=0: must be a whole number of at least 1"),
+        (
+            {"accumulation_steps": 0},
+            "accumulation_steps=0: must be a whole number of at least 1",
+        ),
         ({"shuffle": "shard"}, "must be 'all' or 'shards'"),
         ({"augment": "zoom"}, "'crop', 'flip' or 'crop,flip'"),
         ({"acumulation_steps": 2}, "did you mean 'accumulation_steps'"),

@@ -192,9 +192,7 @@ print(json.dumps(out))
 
 
 def kill(tmp_path, kills, seed, *configs):
-    runs = [
-        {**dict(c), "root": str(tmp_path / str(k))} for k, c in enumerate(configs)
-    ]
+    runs = [{**dict(c), "root": str(tmp_path / str(k))} for k, c in enumerate(configs)]
     out = subprocess.run(
         [
             sys.executable,

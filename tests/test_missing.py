@@ -497,7 +497,8 @@ def test_a_sweep_is_what_the_hidden_split_would_give(tiny):
             p.fused, swept[r].fused, atol=1e-6
         )
     b = collate(
-        [tiny.test[i] for i in (5, 2)], {m: e.preprocessor for m, e in net.encoders.items()}
+        [tiny.test[i] for i in (5, 2)],
+        {m: e.preprocessor for m, e in net.encoders.items()},
     )
     assert (
         hide(b, dict.fromkeys(MODS, torch.arange(64) == 2)).present["audio"].tolist()
@@ -544,7 +545,9 @@ def test_a_run_with_missing_modalities_by_any_door(tmp_path, monkeypatch):
     s = make_dataset(Run(**about["run"]))
     assert about["dataset"]["missing"] == s.info["missing"]
     again = predictions(
-        net, method, loaders(s, {m: e.preprocessor for m, e in net.encoders.items()}).test
+        net,
+        method,
+        loaders(s, {m: e.preprocessor for m, e in net.encoders.items()}).test,
     )
     assert scores(again)["accuracy"] == pytest.approx(a["test"]["accuracy"])
     assert run(cfg, root=tmp_path / "a") == a  # done, and not done again

@@ -419,11 +419,7 @@ def test_save_is_small_and_whole(moods, p, here):
         .pred.fused.equal(p.explain(text="glad").pred.fused)
     )
     text = Path("mine/README.md").read_text()
-    assert (
-        "mla on synthetic" in text
-        and "happy, sly" in text
-        and "load" in text
-    )
+    assert "mla on synthetic" in text and "happy, sly" in text and "load" in text
     with pytest.raises(InputError, match="not empty"):
         p.save("mine")
 
@@ -473,7 +469,8 @@ def test_a_damaged_copy_is_one_sentence(p, here, damage, said):
 
 
 @pytest.mark.parametrize(
-    "name, key", [("config", "classes"), ("result", "weights"), ("preprocessors", "text")]
+    "name, key",
+    [("config", "classes"), ("result", "weights"), ("preprocessors", "text")],
 )
 def test_a_run_folder_with_gaps_is_one_sentence(moods, here, name, key):
     shutil.copytree(moods[0], "r")

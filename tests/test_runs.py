@@ -432,7 +432,14 @@ def test_a_failed_run_removes_only_its_own_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "result.json", "preprocessors.json", "last.pt", "model.safetensors"]
+    "name",
+    [
+        "config.json",
+        "result.json",
+        "preprocessors.json",
+        "last.pt",
+        "model.safetensors",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*is damaged")
 def test_damaged_files_of_a_run(tmp_path, name):
@@ -548,22 +555,18 @@ def test_files_of_tensors_are_equal_byte_for_byte_and_for_others_to_read(tmp_pat
 
 
 def test_a_run_of_two_processes_is_not_one_of_one(tmp_path, monkeypatch):
-    cfg = Run(**{**SMALL, "epochs": 1}, root=str(tmp_path))
+    small = {**SMALL, "epochs": 1, "root": str(tmp_path)}
+    cfg = Run(**small)
     run(cfg)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        InputError,
-        match="belongs to training on 1 process with batch_size=64 each, and here are 2; start 1",
-    ):
-        run(cfg)
-    monkeypatch.delenv("WORLD_SIZE")
-    path = cfg.folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 2}))
-    with pytest.raises(
-        InputError,
-        match="belongs to training on 2 processes with batch_size=64 each, and here is 1; start 2",
-    ):
-        run(cfg)
+    two = Run(**small)
+    assert two.processes == 2 and two.id != cfg.id
+    assert run(cfg)["id"] == cfg.id  # finished: nothing is trained
+    with pytest.raises(InputError, match="processes is 1 there and 2 here"):
+        run(two.replace(name=cfg.id))
+    with pytest.raises(InputError, match="processes=1, but 2 are started; start 1"):
+        run(cfg.replace(seed=3))
+    assert [p.name for p in tmp_path.iterdir()] == [cfg.id]
 
 
 def test_a_copy_of_a_run_is_no_second_seed_and_rows_say_all_that_differs(tmp_path):
@@ -572,7 +575,7 @@ def test_a_copy_of_a_run_is_no_second_seed_and_rows_say_all_that_differs(tmp_pat
         r,
         {**r, "folder": "elsewhere"},
         {**r, "run": {**r["run"], "seed": 1}},
-        {**r, "processes": 2},
+        {**r, "run": {**r["run"], "processes": 2}},
         {**r, "run": {**r["run"], "accumulation_steps": 2}},
     ]
     rows = [line.split(" | ") for line in table(copies).splitlines()[2:-1]]

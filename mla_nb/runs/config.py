@@ -69,6 +69,14 @@ def allowed(
 PRESET = {"encoder": "small", "epochs": 20, "batch_size": 64, "lr": 0.1}
 
 
+def _shown(v):
+    "A value as it is shown: text that is a number without its quotes"
+    try:
+        return ast.literal_eval(v) if re.fullmatch(r"[+-]?[\d.e+-]+", v) else v
+    except (TypeError, ValueError, SyntaxError):
+        return v
+
+
 def _sentence(cls, error: ValidationError) -> InputError:
     "The first of pydantic's errors as one sentence"
     first = error.errors()[0]
@@ -79,7 +87,7 @@ def _sentence(cls, error: ValidationError) -> InputError:
     field = cls.model_fields[name]
     default = PRESET.get(name, field.default)
     return InputError(
-        f"{name}={first['input']!r}: must be {allowed(field)}; "
+        f"{name}={_shown(first['input'])!r}: must be {allowed(field)}; "
         f"the default is {default!r} ({field.description})."
     )
 
