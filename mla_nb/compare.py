@@ -30,7 +30,8 @@ from .runs.config import Run, split_list, with_args, with_options
 from .runs.run import RunFolder, make_dataset, make_method, read_history, run
 from .tools import InputError, modality_color, play, read_json
 from .train.checkpoints import Stopped, load_pred
-from .train.learner import Pred, plot_learning
+from .methods.base import Pred
+from .train.learner import plot_learning
 
 # %% ../nbs/38_compare.ipynb #89bb273b
 def results(

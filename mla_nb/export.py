@@ -23,7 +23,7 @@ from .heads import Head, Net
 from .predict import Classifier, exporters
 from .runs.run import _stored
 from .tools import InputError, write_atomic
-from .train.learner import fuse, predict
+from .methods.base import fuse, predict
 
 # %% ../nbs/41_export.ipynb #9fae9b4f
 def by_subset(

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 
 from .core import Batch, InputError, Modality, Splits, collate, unknown
 from .heads import Net
-from .tools import as_rate, modality_color, play, slider
-from .train.learner import Method, Pred, predict, predictions
+from .tools import as_rate, modality_color, play, rate_text, slider
+from .methods.base import Method, Pred, predict, predictions
 
 # %% ../nbs/15_missing.ipynb #1d0f7106
 def missing_mask(

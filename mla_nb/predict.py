@@ -42,7 +42,7 @@ from mla_nb.tools import (
     write_atomic,
 )
 from .train.checkpoints import States, Stopper
-from .train.learner import Method, Pred, predict, scores
+from .methods.base import Method, Pred, predict, scores
 
 # %% ../nbs/39_predict.ipynb #bbbefdbb
 def as_pixels(
@@ -629,7 +629,7 @@ def fit(
     rates = cfg.missing, cfg.missing_test, cfg.seed, cfg.missing_fill
     s = with_missing(check_splits(s), *rates)
     learn = build(cfg, s)
-    learn.cbs = [c for c in learn.cbs if not isinstance(c, WITH_A_FOLDER)]
+    learn.callbacks = [c for c in learn.callbacks if not isinstance(c, WITH_A_FOLDER)]
     learn.fit(cfg.epochs)
     return _classifier(cfg, s, learn)
 

@@ -33,7 +33,7 @@ from mla_nb.train.checkpoints import (
     read_state,
     read_tensors,
 )
-from .train.learner import scores
+from .methods.base import scores
 
 # %% ../nbs/43_reliability.ipynb #9e30118f
 def warm():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'make_dataset', 'make_method', 'encoder_names', 'make_encoders', 'make_opt', 'fused_sgd', 'environment',
-           'TensorBoard', 'data_checksum', 'RunFolder', 'build', 'run', 'read_history', 'load_run']
+           'TensorBoard', 'data_checksum', 'RunFolder', 'build', 'make_runtime', 'run', 'read_history', 'load_run']
 
 # %% ../../nbs/37_runs.ipynb #a0949d8d
 import json
@@ -32,6 +32,7 @@ from mla_nb.core import (
 )
 from ..evaluation import TemperatureScaled, temperatures
 from ..heads import make_net
+from ..methods.base import Callback, Method, scores
 from ..methods.fusion import FixedWeights, make_rule
 from ..missing import with_missing
 from mla_nb.runs.config import (
@@ -64,16 +65,9 @@ from mla_nb.train.checkpoints import (
     save_pred,
     undisturbed,
 )
-from mla_nb.train.learner import (
-    Callback,
-    Learner,
-    Method,
-    Recorder,
-    Schedule,
-    scores,
-)
+from ..train.learner import Learner, Recorder, Schedule
 from ..train.loaders import loaders
-from ..train.runtime import Accelerate, Augment
+from ..train.runtime import Runtime
 from ..train.watching import Progress, StopOnNaN
 
 # %% ../../nbs/37_runs.ipynb #d7033b0e
@@ -391,7 +385,21 @@ def build(
         pin=cfg.device == "auto" and torch.cuda.is_available(),
         shuffle=cfg.shuffle,
     )
-    return Learner(net, dls, method, make_opt(cfg), _callbacks(cfg), cfg.seed)
+    how = make_opt(cfg), _callbacks(cfg), cfg.seed, make_runtime(cfg)
+    return Learner(net, dls, method, *how)
+
+
+def make_runtime(cfg: Run) -> Runtime:
+    "Device, precision, micro-batches and processes of a run"
+    return Runtime(
+        cfg.device,
+        cfg.precision,
+        cfg.channels_last,
+        cfg.compiled,
+        cfg.tf32,
+        micro_batch_size=cfg.batch_size if cfg.accumulation_steps > 1 else 0,
+        augment=cfg.augment,
+    )
 
 
 def _used_modalities(method, s) -> dict:
@@ -415,13 +423,9 @@ def _try_rule(rule, n, classes):
 
 def _callbacks(cfg):
     "What watches and stores a run, in no particular order: each has its `order`"
-    rows = cfg.batch_size if cfg.accumulation_steps > 1 else 0
-    how = cfg.precision, cfg.channels_last, cfg.compiled, cfg.tf32
     saver = Saver(cfg.folder, cfg.keep, cfg.save_every)
-    out = [Accelerate(cfg.device, *how, rows), saver, Stopper(saver)]
+    out = [saver, Stopper(saver)]
     out += [Schedule(cfg.schedule), StopOnNaN(folder=cfg.folder), Recorder()]
-    if cfg.augment:
-        out.append(Augment(cfg.augment))
     if is_main():
         out.append(TensorBoard(cfg.folder / "tensorboard"))
     if is_main() and cfg.progress:
@@ -556,17 +560,14 @@ def _finish(folder, cfg, s, learn):
 
 def _load_best(folder, learn):
     "The weights of the best epoch, in every process"
-    team = next(c.team for c in learn.cbs if isinstance(c, Accelerate))
     if is_main():
         load_weights(learn.net, folder.path)
-    if team:
-        team.copy(learn.net)
-        team.join(learn)  # all predict, a part each
+    learn.runtime.share(learn.net)  # all predict, a part each
 
 
 def _result(folder, cfg, s, learn, valid, p) -> dict:
     "What result.json holds"
-    best = next(c for c in learn.cbs if isinstance(c, Saver)).best[2]
+    best = next(c for c in learn.callbacks if isinstance(c, Saver)).best[2]
     return {
         "id": folder.path.name,
         "run": cfg.what,
