@@ -88,10 +88,10 @@ demo: prepare-$(DATASET) $(if $(filter features,$(ENCODER)),features) ## concat 
 	    -p dataset $(DATASET) -p method $$m -p encoder '$(SPEC)' -p epochs $(EPOCHS) -p seed $(SEED) $(TRAIN) \
 	    -r dataset_args '$(DATASET_ARGS)' -p root $(DEMO)/$(DATASET); \
 	done
-	@echo; $(BIN)/mla_table $(DEMO)/$(DATASET) --plot $(DEMO)/$(DATASET)/accuracies.png
+	@echo; $(BIN)/mla table $(DEMO)/$(DATASET) --plot $(DEMO)/$(DATASET)/accuracies.png
 	@echo; echo "the same as a picture, a panel per run: $(DEMO)/$(DATASET)/accuracies.png"
 	@echo "(laziness: under concat a modality stays far below what is possible, or below what it reaches under mla)"
-	@echo; echo "the runs, for mla_predict and mla_doctor:"; ls -d $(DEMO)/$(DATASET)/*/
+	@echo; echo "the runs, for mla predict and mla doctor:"; ls -d $(DEMO)/$(DATASET)/*/
 
 features: prepare-$(DATASET) ## encoders run over a prepared dataset once: make features DATASET=iemocap FEATURES=SPEC
 	$(BIN)/python data_scripts/extract_features.py --dataset '$(DATASET)' $(if $(MADE),--variant $(MADE)) --encoder '$(FEATURES)' $(if $(FORCE),--force)
@@ -136,8 +136,9 @@ lab: $(READY) ## JupyterLab on the chapters
 chapter: $(READY) ## execute chapters in place: make chapter N=10
 	$(if $(N),$(BIN)/python tools/nbs.py run $(N),@echo "which one? make chapter N=10"; exit 1)
 
-export: $(READY) ## notebooks -> mla_nb/
+export: $(READY) ## notebooks -> mla_nb/, and the index of all names
 	$(BIN)/python tools/export.py
+	$(BIN)/python tools/index.py
 readme: $(READY) ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/nbs.py readme
 clean: $(READY) ## store the notebooks without execution counts and stray metadata

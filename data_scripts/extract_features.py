@@ -6,7 +6,7 @@
 
 The first makes data/food101-features, on which a run takes seconds:
 
-    mla_run --dataset food101 --dataset_args variant=features --encoder features
+    mla train --dataset food101 --dataset_args variant=features --encoder features
 
 Doing it twice does nothing; if it was killed, the same command goes on where it stopped.
 """

@@ -341,7 +341,7 @@ def _parser(doc):
         "--encoder",
         default="",
         metavar="SPEC",
-        help="as in mla_run, e.g. hf:openai/clip-vit-base-patch32 or 'audio=…,image=…' (default: none; this or --run is needed)",
+        help="as in mla train, e.g. hf:openai/clip-vit-base-patch32 or 'audio=…,image=…' (default: none; this or --run is needed)",
     )
     p.add_argument(
         "--run",

@@ -101,7 +101,7 @@ def together(*how):
     ]
 
 
-def started(*args, cwd, how=("-m", "mla_nb.runs.run")):
+def started(*args, cwd, how=("-m", "mla_nb.cli", "train")):
     "Two processes that train one net"
     args = together(*how, *args)
     env = {

@@ -4,7 +4,6 @@ import json
 import pickle
 import shutil
 import socket
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -777,4 +776,4 @@ def test_a_run_and_its_net_without_the_models(mine, tmp_path):
         v.equal(net.state_dict()[k]) for k, v in first.state_dict().items()
     )
     with pytest.raises(InputError, match="no such folder"):
-        run(Run(**{**asdict(cfg), "seed": 1}))
+        run(Run(**{**dict(cfg), "seed": 1}))

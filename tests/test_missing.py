@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from test_learner import batch, learner
 
+from mla_nb.cli import main
 from mla_nb.compare import compared, plan, table
 from mla_nb.core import (
     InputError,
@@ -31,17 +32,16 @@ from mla_nb.methods.projection import GradProjection
 from mla_nb.methods.qmf import QMFLoss
 from mla_nb.missing import (
     Hidden,
-    as_rate,
     bayes_left,
     blank,
     hide,
     missing_mask,
-    rate_text,
     sweep,
     with_missing,
 )
-from mla_nb.runs.run import Run, load_run, main, make_dataset, run
-from mla_nb.tools import read_json, set_seed
+from mla_nb.runs.config import Run
+from mla_nb.runs.run import load_run, make_dataset, run
+from mla_nb.tools import as_rate, rate_text, read_json, set_seed
 from mla_nb.train.learner import Learner, Schedule
 from mla_nb.train.loaders import Shuffle, loaders
 from mla_nb.train.watching import StopOnNaN
@@ -594,7 +594,7 @@ def test_tables_tell_rates_apart_and_old_runs_stay_known(tmp_path):
     [group] = compared(tmp_path).values()
     assert sorted(map(len, group.values())) == [1, 1, 2]
     with pytest.raises(InputError, match="missing_test is '' there and '0.5' here"):
-        run(replace(Run(**TINY), missing_test=0.5, name=old["id"]), root=tmp_path)
+        run(Run(**TINY, missing_test=0.5, name=old["id"]), root=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -611,7 +611,7 @@ def test_tables_tell_rates_apart_and_old_runs_stay_known(tmp_path):
             "missing_fill='nan': must be 'skip' or 'zeros'",
         ),
         (["--missing_fill", "zeros"], "changes nothing where nothing is missing"),
-        (["--mising", ".5"], "unknown flag '--mising': did you mean '--missing'?"),
+        (["--mising", ".5"], "unknown option '--mising': did you mean '--missing'?"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -620,10 +620,10 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
-        main(["--dataset_args", SIZES, *flags])
+        main(["train", "--dataset_args", SIZES, *flags])
     assert (
         says in str(e.value.code)
-        and str(e.value.code).startswith("mla_run: ")
+        and str(e.value.code).startswith("mla train: ")
         and "\n" not in str(e.value.code)
     )
     assert not any(tmp_path.iterdir())

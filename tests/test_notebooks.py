@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
 from conftest import ROOT
@@ -83,7 +82,7 @@ def test_experiment_has_no_outputs(path):
 
 
 def test_papermill_parameters_are_the_fields_of_run():
-    from mla_nb.runs.run import Run
+    from mla_nb.runs.config import Run
 
     [cell] = [
         c
@@ -92,7 +91,7 @@ def test_papermill_parameters_are_the_fields_of_run():
     ]
     found = {}
     exec("".join(cell["source"]), {}, found)
-    assert found == {f.name: f.default for f in fields(Run)}
+    assert found == {k: f.default for k, f in Run.model_fields.items()}
 
 
 def test_chapter_numbers_are_unique():

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -247,7 +246,7 @@ def test_plain_fused_sgd_still_fails_and_ours_leaves_idle_parameters_alone():
 def test_channels_last_changes_the_layout_and_nothing_else():
     cfg = Run(**TINY, method="concat")
     s = make_dataset(cfg)
-    a, b = (build(replace(cfg, channels_last=c), s) for c in (False, True))
+    a, b = (build(cfg.replace(channels_last=c), s) for c in (False, True))
     for l in (a, b):
         l.callbacks = [c for c in l.callbacks if isinstance(c, Recorder)]
         l.fit(1)
@@ -277,7 +276,7 @@ def test_compiled_falls_back_with_one_sentence(capsys):
 def test_options_that_came_later_leave_the_names_of_runs_alone():
     plain = Run()
     for k, v in {
-        "accumulate": 1,
+        "accumulation_steps": 1,
         "shuffle": "all",
         "augment": "",
         "channels_last": False,
@@ -285,9 +284,9 @@ def test_options_that_came_later_leave_the_names_of_runs_alone():
         "tf32": False,
         "fused": False,
     }.items():
-        assert replace(plain, **{k: v}).id == plain.id
+        assert plain.replace(**{k: v}).id == plain.id
     for k, v in {
-        "accumulate": 2,
+        "accumulation_steps": 2,
         "shuffle": "shards",
         "augment": "flip",
         "channels_last": True,
@@ -295,7 +294,7 @@ def test_options_that_came_later_leave_the_names_of_runs_alone():
         "tf32": True,
         "fused": True,
     }.items():
-        assert replace(plain, **{k: v}).id != plain.id
+        assert plain.replace(**{k: v}).id != plain.id
 
 
 # prediction -----------------------------------------------------------------------------------------------------------
@@ -389,7 +388,7 @@ def test_a_run_with_everything_on(tmp_path):
         Run(
             **TINY,
             augment="crop,flip",
-            accumulate=2,
+            accumulation_steps=2,
             channels_last=True,
             fused=True,
             precision="bf16",
@@ -402,7 +401,7 @@ def test_a_run_with_everything_on(tmp_path):
             Run(
                 **TINY,
                 augment="crop,flip",
-                accumulate=2,
+                accumulation_steps=2,
                 channels_last=True,
                 fused=True,
                 precision="bf16",

@@ -634,7 +634,7 @@ def test_names_in_a_table_are_escaped(runs, tmp_path):
 
 def test_a_run_that_cannot_be_drawn_is_named(runs, tmp_path):
     with pytest.raises(
-        InputError, match="no finished run there; make some with mla_run"
+        InputError, match="no finished run there; make some with mla train"
     ):
         browse_runs(tmp_path)
     for lost in ("metrics.jsonl", "predictions.safetensors"):

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import InputError, Modality, encoders, nearest, unknown
+from ..core import InputError, Modality, encoders, unknown
 from .base import Encoder, Preprocessor
 from .image import OverFrames, Pixels
 from .text import Tokens
 from ..signals import excerpt, fbank
-from ..tools import read_json
+from ..tools import nearest, read_json
 
 # %% ../../nbs/23_hub.ipynb #ecf8e735
 FILES = [

@@ -16,8 +16,8 @@ from torch.nn.utils import parameters_to_vector
 from ..core import Batch, InputError, select_rows, unknown, validate_option
 from ..encoders.base import ModuleEncoder
 from ..heads import SharedHead, make_net
-from ..tools import modality_color, play, set_seed, slider
 from .base import GradTransform, Turn, ce_loss
+from ..tools import modality_color, play, set_seed, slider
 
 # %% ../../nbs/09_projection.ipynb #f510eb7b
 def update_projection(
