@@ -18,19 +18,18 @@ from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from html import escape
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from .core import Splits, datasets
+from .methods.base import Pred
 from .missing import draw_item
 from .runs.config import Run, split_list, with_args, with_options
 from .runs.run import RunFolder, make_dataset, make_method, read_history, run
 from .tools import InputError, modality_color, play, read_json
 from .train.checkpoints import Stopped, load_pred
-from .methods.base import Pred
 from .train.learner import plot_learning
 
 # %% ../nbs/38_compare.ipynb #89bb273b

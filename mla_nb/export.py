@@ -20,10 +20,10 @@ from torch import nn, tensor
 from .core import Batch
 from .data.synthetic import subsets
 from .heads import Head, Net
+from .methods.base import fuse, predict
 from .predict import Classifier, exporters
 from .runs.run import _stored
 from .tools import InputError, write_atomic
-from .methods.base import fuse, predict
 
 # %% ../nbs/41_export.ipynb #9fae9b4f
 def by_subset(

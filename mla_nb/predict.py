@@ -29,6 +29,7 @@ from mla_nb.core import (
 from .encoders.audio import load_wave
 from .encoders.image import decode_image
 from .heads import Net
+from .methods.base import Method, Pred, predict, scores
 from .methods.fusion import entropy
 from .missing import draw_item, with_missing
 from .runs.config import Run
@@ -42,7 +43,6 @@ from mla_nb.tools import (
     write_atomic,
 )
 from .train.checkpoints import States, Stopper
-from .methods.base import Method, Pred, predict, scores
 
 # %% ../nbs/39_predict.ipynb #bbbefdbb
 def as_pixels(

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from .core import discover, health_checks
+from .methods.base import scores
 from .runs.config import Run
 from .runs.run import RunFolder, environment, run
 from .tools import InputError, locked, read_json, sha256, write_atomic
@@ -33,7 +34,6 @@ from mla_nb.train.checkpoints import (
     read_state,
     read_tensors,
 )
-from .methods.base import scores
 
 # %% ../nbs/43_reliability.ipynb #9e30118f
 def warm():
