@@ -156,7 +156,7 @@ def make_encoders(
     out = {}
     for m, (name, options) in names.items():
         items = None if stored else _training_items(s, m)
-        about = dict(mod=s.modalities[m], items=items, preprocessor=stored.get(m))
+        about = {"mod": s.modalities[m], "items": items, "preprocessor": stored.get(m)}
         try:
             out[m] = call(encoders[name], options, **about)
         except InputError as e:
