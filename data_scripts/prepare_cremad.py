@@ -8,15 +8,7 @@
 Doing it twice does nothing; if it was killed, the same command goes on where it stopped.
 """
 
-from mla_nb.data.cremad import prepare_cremad
-from mla_nb.data.media import media_main
-from mla_nb.data.miniature import miniature
+from mla_nb.data.cremad import cremad_main
 
 if __name__ == "__main__":
-    media_main(
-        "cremad",
-        __doc__,
-        prepare_cremad,
-        miniature,
-        ", 'speaker' (no actor in two parts)",
-    )
+    cremad_main(doc=__doc__)

@@ -8,24 +8,7 @@
 Doing it twice does nothing; if it was killed, the same command goes on where it stopped.
 """
 
-from mla_nb.data.food101 import prepare_food101
-from mla_nb.data.media import media_main
-from mla_nb.data.miniature import miniature
-
-SPLITS = ", 'official' (the folders train and test; a tenth of train is set aside for validation)"
-INCOMPLETE = "what to do with an image without a title, or a title without an image: 'keep' it without the other, or 'skip' it; both are listed"
+from mla_nb.data.food101 import food101_main
 
 if __name__ == "__main__":
-    media_main(
-        "food101",
-        __doc__,
-        prepare_food101,
-        miniature,
-        SPLITS,
-        default="official",
-        incomplete=("keep", INCOMPLETE),
-        audio=None,
-        seconds=None,
-        fps=None,
-        frames=None,
-    )
+    food101_main(doc=__doc__)

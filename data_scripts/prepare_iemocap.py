@@ -8,19 +8,7 @@
 Doing it twice does nothing; if it was killed, the same command goes on where it stopped.
 """
 
-from mla_nb.data.iemocap import prepare_iemocap
-from mla_nb.data.media import media_main
-from mla_nb.data.miniature import miniature
+from mla_nb.data.iemocap import iemocap_main
 
 if __name__ == "__main__":
-    media_main(
-        "iemocap",
-        __doc__,
-        prepare_iemocap,
-        miniature,
-        ", 'session=5' (or 1 to 4: that session is the test split)",
-        faces=(
-            "speaker",
-            "'speaker' (that half of the picture), 'whole', or 'none' (no video)",
-        ),
-    )
+    iemocap_main(doc=__doc__)

@@ -7,9 +7,7 @@
 Doing it twice does nothing; if it was killed, the same command goes on where it stopped.
 """
 
-from mla_nb.data.media import media_main
-from mla_nb.data.miniature import miniature
-from mla_nb.data.own import prepare_kinetics
+from mla_nb.data.own import kinetics_main
 
 if __name__ == "__main__":
-    media_main("kinetics", __doc__, prepare_kinetics, miniature)
+    kinetics_main(doc=__doc__)

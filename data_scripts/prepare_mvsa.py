@@ -8,23 +8,7 @@
 Doing it twice does nothing; if it was killed, the same command goes on where it stopped.
 """
 
-from mla_nb.data.media import media_main
-from mla_nb.data.miniature import miniature
-from mla_nb.data.mvsa import prepare_mvsa
-
-LABELS = "'agree' keeps the samples whose text and image have one label; 'resolve' lets a neutral one give way to the other and drops opposites"
-INCOMPLETE = "what to do with an image without text, or text without an image: 'keep' it without the other, or 'skip' it; both are listed"
+from mla_nb.data.mvsa import mvsa_main
 
 if __name__ == "__main__":
-    media_main(
-        "mvsa",
-        __doc__,
-        prepare_mvsa,
-        miniature,
-        labels=("agree", LABELS),
-        incomplete=("keep", INCOMPLETE),
-        audio=None,
-        seconds=None,
-        fps=None,
-        frames=None,
-    )
+    mvsa_main(doc=__doc__)

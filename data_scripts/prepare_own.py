@@ -12,4 +12,4 @@ Doing it twice does nothing; if it was killed, the same command goes on where it
 from mla_nb.data.own import own_main
 
 if __name__ == "__main__":
-    own_main(__doc__)
+    own_main(doc=__doc__)

@@ -122,7 +122,7 @@ class Described(Checked):
         )
         if self.dataset not in datasets:
             discover()
-        for k, v in {**PRESET, **getattr(datasets[self.dataset], "preset", {})}.items():
+        for k, v in {**PRESET, **datasets[self.dataset].preset}.items():
             if getattr(self, k) is None:
                 object.__setattr__(self, k, v)
         super().__post_init__()
@@ -381,7 +381,7 @@ def make_dataset(cfg: Run) -> Splits:
     "The dataset of a run, less what is to be missing"
     discover()
     s = check_splits(
-        call(datasets[cfg.dataset], cfg.dataset_args, seed=cfg.seed, data=cfg.data)
+        call(datasets[cfg.dataset].make, cfg.dataset_args, seed=cfg.seed, data=cfg.data)
     )
     return with_missing(s, cfg.missing, cfg.missing_test, cfg.seed, cfg.missing_fill)
 
@@ -571,7 +571,7 @@ def data_checksum(
     cfg: Run,
 ) -> str | None:  # None: made on the fly from its options, or not there
     "Which version of a prepared dataset is this?"
-    where = getattr(datasets[cfg.dataset], "folder", None)
+    where = datasets[cfg.dataset].folder
     meta = where and where(**{"data": cfg.data, **cfg.dataset_args}) / "dataset.json"
     return (
         read_json(meta, ["sha256"], "prepare the dataset again with --force")["sha256"]
