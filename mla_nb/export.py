@@ -24,7 +24,7 @@ from .heads import Head, Net
 from .predict import Predictor
 from .predict_table import exporters
 from .tools import write_atomic
-from .train.learner import fuse, predict
+from .methods.base import fuse, predict
 
 # %% ../nbs/41_export.ipynb #9fae9b4f
 def by_subset(

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from .core import Batch, InputError, Modality, Splits, collate, unknown
 from .heads import Net
 from .tools import modality_color, play, slider
-from .train.learner import Method, Pred, predict, predictions
+from .methods.base import Method, Pred, predict, predictions
 
 # %% ../nbs/15_missing.ipynb #d3b8c77b
 def as_rate(

@@ -31,7 +31,7 @@ from .methods.fusion import entropy
 from .missing import draw_item
 from .runs.run import load_run
 from .tools import modality_color, read_json, sha256, write_atomic
-from .train.learner import Method, Pred, predict
+from .methods.base import Method, Pred, predict
 
 # %% ../nbs/39_predict.ipynb #bbbefdbb
 def as_pixels(

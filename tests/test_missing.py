@@ -25,6 +25,7 @@ from mla_nb.core import (
 )
 from mla_nb.data.synthetic import synthetic
 from mla_nb.heads import SharedHead, make_net
+from mla_nb.methods.base import Method, joint_turn, predictions, scores
 from mla_nb.methods.mla import mla
 from mla_nb.methods.projection import GradProjection
 from mla_nb.methods.qmf import QMFLoss
@@ -41,14 +42,7 @@ from mla_nb.missing import (
 )
 from mla_nb.runs.run import Run, load_run, main, make_dataset, run
 from mla_nb.tools import read_json, set_seed
-from mla_nb.train.learner import (
-    Learner,
-    Method,
-    Schedule,
-    joint_turn,
-    predictions,
-    scores,
-)
+from mla_nb.train.learner import Learner, Schedule
 from mla_nb.train.loaders import Shuffle, loaders
 from mla_nb.train.watching import StopOnNaN
 
@@ -378,7 +372,7 @@ def test_every_method_trains_at_half_and_never_reads_what_is_absent(
                 else:
                     b.x[m][gone] = float("nan")
                 assert gone.any()
-        learn = Learner(net, dls, method, cbs=[Schedule(), StopOnNaN()]).fit(2)
+        learn = Learner(net, dls, method, callbacks=[Schedule(), StopOnNaN()]).fit(2)
         learn.validate()
         nets.append(net.state_dict())
         preds.append(predictions(net, learn.method, dls.test))
@@ -420,9 +414,10 @@ def test_projection_remembers_the_mean_of_those_who_are_there():
         means = []
 
         class Spy(GradProjection):
-            def update(self, learn):
+            def update(self, turn):
+                features = turn.features.items()
                 rows = (
-                    torch.cat([z[learn.turn.present[m]] for m, z in learn.z.items()])
+                    torch.cat([z[turn.batch.present[m]] for m, z in features])
                     .detach()
                     .mean(0)
                 )
@@ -433,7 +428,7 @@ def test_projection_remembers_the_mean_of_those_who_are_there():
                         P,
                     )[1],
                 ):
-                    super().update(learn)
+                    super().update(turn)
 
         learner(
             replace(method, grad_transforms=[Spy()]),

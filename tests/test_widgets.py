@@ -26,6 +26,7 @@ from mla_nb.data.synthetic import (
     turn_knobs,
 )
 from mla_nb.heads import SharedHead, make_net
+from mla_nb.methods.base import Callback, Method, concat
 from mla_nb.methods.fusion import four_answers, play_fusion, plot_fusion
 from mla_nb.methods.projection import play_projection, plot_projection, remember, unit
 from mla_nb.missing import (
@@ -40,7 +41,7 @@ from mla_nb.missing import (
 )
 from mla_nb.runs.run import Run, run
 from mla_nb.tools import play, png, slider
-from mla_nb.train.learner import Callback, Learner, Method, Recorder, _toy, concat
+from mla_nb.train.learner import Learner, Recorder, _toy
 from mla_nb.train.loaders import Loaders, Shuffle
 from mla_nb.train.watching import LiveView, plot_live
 
@@ -306,7 +307,7 @@ class Press(Callback):
     def after_batch(self, learn):
         if (learn.epoch, learn.step) != self.at:
             return
-        views = [c for c in learn.cbs if isinstance(c, LiveView)]
+        views = [c for c in learn.callbacks if isinstance(c, LiveView)]
         views[0].button.click() if views else setattr(learn, "stop", True)
 
 
@@ -318,7 +319,7 @@ def toy(*cbs, batches=4, method=None):
         make_net(method.head, encs, 3),
         Loaders([b] * batches, [b], [b], Shuffle(24)),
         method,
-        cbs=cbs,
+        callbacks=cbs,
     )
 
 
@@ -326,7 +327,7 @@ def test_stop_keeps_what_was_learned_and_counts_whole_epochs_only():
     class Steps(Callback):
         n = 0
 
-        def after_step(self, learn):
+        def after_step(self, learn, turn):
             Steps.n += 1
 
     learn = toy(Steps(), Press(2, 1)).fit(6)
@@ -340,7 +341,7 @@ def test_stop_keeps_what_was_learned_and_counts_whole_epochs_only():
     assert any(
         not p.equal(q) for p, q in zip(learn.net.parameters(), same.net.parameters())
     )  # two more steps are in it
-    learn.cbs = []
+    learn.callbacks = []
     assert learn.fit(6).epoch == 6 and not learn.stop  # and on it goes
 
 
@@ -385,7 +386,7 @@ def test_live_view_draws_after_every_epoch_and_its_button_stops(capsys):
         and view.bar.value == 9
         and view.bar.max == 20
     )
-    learn.cbs = [c for c in learn.cbs if not isinstance(c, Press)]
+    learn.callbacks = [c for c in learn.callbacks if not isinstance(c, Press)]
     learn.fit(5)
     assert (
         view.note.value == "done after 5 of 5 epochs"

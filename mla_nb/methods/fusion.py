@@ -15,7 +15,7 @@ from torch import tensor
 from ..core import InputError, rules, unknown
 from .ensemble import mean_rule
 from ..tools import modality_color, play, slider
-from ..train.learner import Pred, fuse, valid_mask
+from .base import Pred, fuse, valid_mask
 
 # %% ../../nbs/10_fusion.ipynb #1fe50f8f
 #| export

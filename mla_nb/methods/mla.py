@@ -11,7 +11,7 @@ from ..heads import SharedHead
 from .ensemble import alternating
 from .fusion import FixedWeights, make_rule, released_gate
 from .projection import GradProjection, ScaleHead
-from ..train.learner import Method, predictions, scores
+from .base import Method, predictions, scores
 
 # %% ../../nbs/11_mla.ipynb #1e2cee37
 @methods
