@@ -52,7 +52,8 @@ def parse_clip(
     m = CLIP.match(name)
     if not m or m[3] not in EMOTIONS:
         raise InputError(
-            f"{name!r} is not named ACTOR_SENTENCE_EMOTION_LEVEL, as clips of CREMA-D are (e.g. 1001_DFA_ANG_XX)."
+            f"{name!r} is not named ACTOR_SENTENCE_EMOTION_LEVEL, as clips of CREMA-D "
+            "are (e.g. 1001_DFA_ANG_XX)."
         )
     return {
         "id": name,
@@ -72,7 +73,8 @@ def cremad_rows(
     for f in folders.values():
         if not f.is_dir():
             raise InputError(
-                f"{f}: there is no such folder; give the folder that holds AudioWAV/ and VideoFlash/ as --root."
+                f"{f}: there is no such folder; give the folder that holds AudioWAV/ "
+                "and VideoFlash/ as --root."
             )
     files = {
         (m, p.stem): str(p)
@@ -98,12 +100,12 @@ def cremad_rows(
 
 # %% ../../nbs/27_cremad.ipynb #dd1dbd17
 def cremad_splits(
-    rows: list,
-    how,  # from `cremad_rows`; ['random'], ['speaker'], or files: train, test or train, valid, test
+    rows: list,  # from `cremad_rows`
+    how,  # ['random'], ['speaker'], or files: train, test or train, valid, test
     seed: int = 0,
     absent: str = "error",
 ) -> dict:  # split -> rows
-    "Random, by actor, or as published; where no validation split is published, it is a tenth of training, stratified"
+    "Random, by actor, or as published; validation is a tenth of training by default"
     return the_splits(
         rows, list(how), LABELS, seed, absent, groups={"speaker": "actor"}
     )

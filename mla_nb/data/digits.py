@@ -38,7 +38,8 @@ def read_archive(
     path = Path(path)
     if not path.is_file():
         raise InputError(
-            f"{path}: there is no such archive; give the zip file of the Free Spoken Digit Dataset, or --root for an unpacked one."
+            f"{path}: there is no such archive; give the zip file of the Free Spoken "
+            "Digit Dataset, or --root for an unpacked one."
         )
     try:
         z = zipfile.ZipFile(path)
@@ -52,19 +53,23 @@ def read_archive(
             parts = PurePosixPath(member.filename.replace("\\", "/"))
             if parts.is_absolute() or ".." in parts.parts:
                 raise InputError(
-                    f"{path}: the archive holds {member.filename!r}, which points outside of it; it is damaged or malicious, fetch it from its publisher."
+                    f"{path}: the archive holds {member.filename!r}, which points "
+                    "outside of it; it is damaged or malicious, fetch it from its "
+                    "publisher."
                 )
             if parts.parent.name != "recordings" or not parts.name.endswith(".wav"):
                 continue
             if member.file_size > limit:
                 raise InputError(
-                    f"{path}: {member.filename} would unpack to {member.file_size} bytes; a recording has at most {limit}."
+                    f"{path}: {member.filename} would unpack to {member.file_size} "
+                    f"bytes; a recording has at most {limit}."
                 )
             try:
                 found[parts.name] = z.read(member)
             except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:
                 raise InputError(
-                    f"{path}: {member.filename} is damaged ({e}); fetch the archive again."
+                    f"{path}: {member.filename} is damaged ({e}); fetch the archive "
+                    "again."
                 ) from e
     return found
 
@@ -77,7 +82,8 @@ def read_root(
     folder = path / "recordings" if (path / "recordings").is_dir() else path
     if not folder.is_dir():
         raise InputError(
-            f"{path}: there is no such folder; give the unpacked repository of the Free Spoken Digit Dataset."
+            f"{path}: there is no such folder; give the unpacked repository of the "
+            "Free Spoken Digit Dataset."
         )
     return {f.name: f.read_bytes() for f in sorted(folder.glob("*.wav"))}
 
@@ -89,12 +95,14 @@ def parse_names(
     names = sorted(names)
     if not names:
         raise InputError(
-            "no recordings found; expected recordings/{digit}_{speaker}_{index}.wav, e.g. recordings/7_jackson_32.wav."
+            "no recordings found; expected recordings/{digit}_{speaker}_{index}.wav, "
+            "e.g. recordings/7_jackson_32.wav."
         )
     wrong = [n for n in names if not NAME.match(n)]
     if wrong:
         raise InputError(
-            f"{wrong[0]!r} is not named {{digit}}_{{speaker}}_{{index}}.wav, as recordings are (and {len(wrong) - 1} more); remove what is no recording."
+            f"{wrong[0]!r} is not named {{digit}}_{{speaker}}_{{index}}.wav, as "
+            f"recordings are (and {len(wrong) - 1} more); remove what is no recording."
         )
     rows = [
         (n, int(d), s, int(i)) for n in names for d, s, i in [NAME.match(n).groups()]
@@ -102,7 +110,8 @@ def parse_names(
     lost = sorted(set(range(10)) - {r[1] for r in rows})
     if lost:
         raise InputError(
-            f"no recording of the digit {', '.join(map(str, lost))}; the dataset is incomplete, fetch it again."
+            f"no recording of the digit {', '.join(map(str, lost))}; the dataset is "
+            "incomplete, fetch it again."
         )
     return rows
 
@@ -146,8 +155,12 @@ def miniature(
     return Path(path)
 
 # %% ../../nbs/26_digits.ipynb #c253c991
-URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.zip"
-CONTENT = "dbd573d7cafe79c4b49f65718115e1304e24e067fa39eff18a660dc6cb9c360f"  # of its 3,000 recordings
+URL = (
+    "https://github.com/Jakobovski/free-spoken-digit-dataset"
+    "/archive/refs/tags/v1.0.10.zip"
+)
+# checksum of its 3,000 recordings
+CONTENT = "dbd573d7cafe79c4b49f65718115e1304e24e067fa39eff18a660dc6cb9c360f"
 
 
 def content_sha(
@@ -168,11 +181,8 @@ def download(
     content: str = CONTENT,  # checksum of the recordings in it
     progress: bool = True,
 ) -> Path:
-    "Fetch the published archive, once; it is kept only if its recordings have the right checksum"
-    import shutil
-    import urllib.request
-
-    from tqdm.auto import tqdm
+    "Fetch the published archive once; keep it if its recordings have the checksum"
+    import pooch
 
     to = Path(to)
     if to.exists():
@@ -180,26 +190,19 @@ def download(
     to.parent.mkdir(parents=True, exist_ok=True)
 
     def fetch(part):
+        get = pooch.HTTPDownloader(progressbar=progress, timeout=30)
         try:
-            with urllib.request.urlopen(url, timeout=30) as r, part.open("wb") as f:
-                with tqdm.wrapattr(
-                    r,
-                    "read",
-                    total=int(r.headers.get("Content-Length") or 0) or None,
-                    desc=to.name,
-                    unit="B",
-                    unit_scale=True,
-                    disable=not progress,
-                ) as src:
-                    shutil.copyfileobj(src, f)
+            get(url, str(part), None)
         except OSError as e:
             raise InputError(
-                f"{url} could not be fetched ({e}); fetch it with a browser and give it as --archive."
+                f"{url} could not be fetched ({e}); fetch it with a browser and give "
+                "it as --archive."
             ) from e
         found = content_sha(read_archive(part))
         if found != content:
             raise InputError(
-                f"{url}: its recordings have checksum {found[:12]}…, not {content[:12]}…; it was not kept."
+                f"{url}: its recordings have checksum {found[:12]}…, not "
+                f"{content[:12]}…; it was not kept."
             )
 
     write_atomic(to, fetch)
@@ -245,11 +248,12 @@ def _enlarge(
 
 def image_pools(
     seed: int = 0,
-    shares={"train": 0.6, "valid": 0.2, "test": 0.2},
+    shares: dict | None = None,  # split -> share; None: 60, 20 and 20 %
 ) -> dict:  # split -> digit -> (K,16,16) uint8
     "Handwritten digits, twice as large, in pools that no two splits share"
     from sklearn.datasets import load_digits
 
+    shares = shares or {"train": 0.6, "valid": 0.2, "test": 0.2}
     data, rng = load_digits(), np.random.default_rng(seed)
     big = _enlarge(data.images * 255 / 16)
     pools = {s: {} for s in shares}
@@ -369,7 +373,8 @@ def pair(
         if split == "train" and o["n_train"]:
             if o["n_train"] > len(rows):
                 raise InputError(
-                    f"n_train={o['n_train']}, but there are only {len(rows)} training recordings."
+                    f"n_train={o['n_train']}, but there are only {len(rows)} training "
+                    "recordings."
                 )
             by_digit = [
                 rng.permutation([k for k, r in enumerate(rows) if r[1] == d])
@@ -445,16 +450,17 @@ def prepare_digits(
 
 # %% ../../nbs/26_digits.ipynb #94fffc21
 def digit_item(
-    m: str,
-    source,  # 'audio' or 'image'; a path, a (T,) waveform at 8 kHz, or (3,H,W) uint8 pixels
-    o: dict,
-    mod: Modality,
-    key: str = "",  # options of the variant, what the items are, id
+    m: str,  # 'audio' or 'image'
+    source,  # a path, a (T,) waveform at 8 kHz, or (3,H,W) uint8 pixels
+    o: dict,  # options of the variant
+    mod: Modality,  # what the items are
+    key: str = "",  # id
 ):
     "One item of a new sample, equal to what the prepared dataset would hold"
     if isinstance(source, dict):
         raise InputError(
-            f"digits: {', '.join(source)} cannot be given for {m}; give a path or an array."
+            f"digits: {', '.join(source)} cannot be given for {m}; give a path or an "
+            "array."
         )
     if m == "audio":
         wave = _level(

@@ -48,14 +48,16 @@ def food101_images(
         folder = Path(root) / "images" / split
         if not folder.is_dir():
             raise InputError(
-                f"{folder}: there is no such folder; give the folder that holds images/ and texts/ as --root."
+                f"{folder}: there is no such folder; give the folder that holds "
+                "images/ and texts/ as --root."
             )
         for p in sorted(folder.glob("*/*")):
             if p.suffix.lower() not in PICTURES or p.name.startswith("."):
                 continue
             if p.stem in out:
                 raise InputError(
-                    f"{p}: {out[p.stem]['image']} has the same name; every image needs a name of its own, in one split."
+                    f"{p}: {out[p.stem]['image']} has the same name; every image "
+                    "needs a name of its own, in one split."
                 )
             out[p.stem] = {
                 "id": p.stem,
@@ -75,7 +77,8 @@ def read_titles(
         for r in filter(None, lines):
             if len(r) < 3 or not r[0].strip() or not r[-1].strip():
                 raise InputError(
-                    f"{path}, line {lines.line_num}: {','.join(r)[:60]!r} is not `image,title,class`."
+                    f"{path}, line {lines.line_num}: {','.join(r)[:60]!r} is not "
+                    "`image,title,class`."
                 )
             out.append(
                 {
@@ -113,7 +116,8 @@ def food101_rows(
                 continue
             if r["y"] != t["y"]:
                 odd[
-                    "titles with another class than the folder of the image, which holds"
+                    "titles with another class than the folder of the image, which "
+                    "holds"
                 ].append(r["id"])
             if r["split"] != split:
                 odd["titles in another split than the image, which holds"].append(
@@ -148,7 +152,7 @@ def listed_rows(
     lists: dict,  # the download; split -> entries, from `read_split`
     have: dict,  # id (a file name's stem) -> row
 ) -> list:  # rows for those that are there
-    "What split lists name: pictures by `img`, or by name; the text of the list where it has one"
+    "What split lists name: pictures by `img` or by name; the list's text, if any"
     out = {}
     for e in sum(lists.values(), []):
         path = Path(root) / e["img"] if e.get("img") else None
@@ -250,7 +254,8 @@ def split_incomplete(
     if 2 * len(gaps) > n and incomplete == "keep":
         m, k = Counter(g["lacks"] for g in gaps).most_common(1)[0]
         raise InputError(
-            f"{k} of {n} samples have no {m}, so this is hardly the complete download; leave them out with --incomplete skip."
+            f"{k} of {n} samples have no {m}, so this is hardly the complete "
+            "download; leave them out with --incomplete skip."
         )
     return {
         s: [r for r in rows if len(lacks(r)) < few] for s, rows in splits.items()
@@ -268,7 +273,7 @@ def prepare_pairs(
     progress: bool = True,
     **where,  # data, variant, out, workers, force: of `prepare_media`
 ) -> Path:
-    "Pictures with text -> a prepared dataset, and a list of those that lack one of the two"
+    "Pictures with text -> a prepared dataset; those that lack one are listed"
     splits, gaps = split_incomplete(splits, ("image", "text"), o["incomplete"])
     lost = Counter(g["lacks"] for g in gaps)
     out = prepare_media(
@@ -289,7 +294,8 @@ def prepare_pairs(
             write_atomic(out / "incomplete.csv", text.getvalue())
         print(
             ", ".join(f"without {m}: {k}" for m, k in lost.items()),
-            f"({'kept' if o['incomplete'] == 'keep' else 'left out'}), listed in {out}/incomplete.csv",
+            f"({'kept' if o['incomplete'] == 'keep' else 'left out'}), listed in "
+            f"{out}/incomplete.csv",
         )
     return out
 
@@ -304,7 +310,7 @@ def prepare_food101(
     workers: int = 0,
     force: bool = False,
     progress: bool = True,
-    incomplete: str = "keep",  # what to do with a picture without a title, or a title without a picture: 'keep', 'skip'
+    incomplete: str = "keep",  # or 'skip': samples that lack picture or title
     **options,  # of `media_options`
 ) -> Path:
     "UPMC Food-101 -> a prepared dataset"

@@ -51,7 +51,9 @@ LABELS = {
     },
 }
 UTTERANCE = re.compile(
-    r"^\[(\d+\.?\d*) - (\d+\.?\d*)\]\t((\S+)_[FM]\w*)\t(\w{3})\t\[([-\d.]+, [-\d.]+, [-\d.]+)\]\s*$"
+    r"^\[(\d+\.?\d*) - (\d+\.?\d*)\]"  # seconds
+    r"\t((\S+)_[FM]\w*)\t(\w{3})"  # turn (and its dialogue), code
+    r"\t\[([-\d.]+, [-\d.]+, [-\d.]+)\]\s*$"  # ratings
 )
 WORDS = re.compile(r"^(\S+_[FM]\w*) +\[[\d.]+-[\d.]+\]: ?(.*)$")
 
@@ -67,7 +69,9 @@ def read_emotions(
         m = UTTERANCE.match(line)
         if not m or m[4] != Path(path).stem or float(m[2]) <= float(m[1]):
             raise InputError(
-                f"{path}, line {k}: {line!r} is not an utterance of this dialogue; expected `[start - end]`, turn, code and `[v, a, d]` with tabs between them."
+                f"{path}, line {k}: {line!r} is not an utterance of this dialogue; "
+                "expected `[start - end]`, turn, code and `[v, a, d]` with tabs "
+                "between them."
             )
         if m[5] not in CODES and m[5] not in OTHERS:
             raise unknown(f"emotion ({path}, line {k})", m[5], [*CODES, *OTHERS])
@@ -139,7 +143,8 @@ def iemocap_rows(
     }
     if not sessions:
         raise InputError(
-            f"{root}: there is no folder Session1 … Session5; give the folder IEMOCAP_full_release as --root."
+            f"{root}: there is no folder Session1 … Session5; give the folder "
+            "IEMOCAP_full_release as --root."
         )
     for k, session in sessions.items():
         labels = session / "dialog/EmoEvaluation"
@@ -162,18 +167,20 @@ def iemocap_rows(
         and not any(Path(v).exists() for v in {r["video"] for r in rows})
     ):
         raise InputError(
-            f"{root}: no dialogue has its video (Session…/dialog/avi/DivX/*.avi), as in copies with sound only; fetch the full release, or go on without pictures with --faces none."
+            f"{root}: no dialogue has its video (Session…/dialog/avi/DivX/*.avi), as "
+            "in copies with sound only; fetch the full release, or go on without "
+            "pictures with --faces none."
         )
     return check_rows(rows, "iemocap")
 
 # %% ../../nbs/30_iemocap.ipynb #c7f2082c
 def iemocap_splits(
-    rows: list,
-    how,  # from `iemocap_rows`; ['random'], ['session=5'], or files: train, test or train, valid, test
+    rows: list,  # from `iemocap_rows`
+    how,  # ['random'], ['session=5'], or files: train, test or train, valid, test
     seed: int = 0,
     absent: str = "error",
 ) -> dict:  # split -> rows
-    "Random, one session left out, or as published; where no validation split is given, it is a tenth of training, stratified"
+    "Random, one session left out, or as published; validation as in `the_splits`"
     how = list(how)
     if len(how) > 1 or not how[0].startswith("session="):
         return the_splits(
@@ -190,7 +197,8 @@ def iemocap_splits(
     k = how[0].removeprefix("session=")
     if k not in found:
         raise InputError(
-            f"--split {how[0]}: there is no such session here; choose one of {', '.join(sorted(found))}."
+            f"--split {how[0]}: there is no such session here; choose one of "
+            f"{', '.join(sorted(found))}."
         )
     train, valid = share_out(
         [r for r in rows if str(r["session"]) != k], (0.9, 0.1), seed
@@ -221,11 +229,13 @@ def prepare_iemocap(
     silent = sum(r["text"] is None for r in rows)
     if silent == len(rows):
         raise InputError(
-            f"{root}: no utterance has its words (Session…/dialog/transcriptions/*.txt); unpack the whole release again."
+            f"{root}: no utterance has its words "
+            "(Session…/dialog/transcriptions/*.txt); unpack the whole release again."
         )
     if silent and progress:
         print(
-            f"note: {silent} of {len(rows):,} utterances have no transcript; their text is absent"
+            f"note: {silent} of {len(rows):,} utterances have no transcript; their "
+            "text is absent"
         )
     splits = iemocap_splits(rows, split, o["seed"], absent)
     return prepare_media(

@@ -44,7 +44,7 @@ def write_video(
     wave=None,  # (T,) float sound, -1 … 1
     rate: int = 16000,  # Hz of the sound; 44100, 22050 or 11025 in an flv
 ):
-    "A small video file with the codecs of its time: Sorenson and MP3 in .flv, H.264 and AAC in .mp4, MPEG-4 and PCM in .avi"
+    "A small video file with the codecs that are usual for its suffix"
     import av
 
     codecs = {
@@ -75,7 +75,7 @@ def write_video(
                 c.mux(a.encode(f))
             c.mux(a.encode())
 
-# %% ../../nbs/18_files.ipynb #c42e5fe3
+
 def _sound_frames(av, codec, wave, rate):
     "The waveform in pieces of the size that the codec wants"
     x = (np.asarray(wave).clip(-1, 1) * 32767).astype("i2")[None]
@@ -94,11 +94,10 @@ def video_frames(
     every: float = 1.0,  # seconds between frames
     span=None,  # (start, end) in seconds; None: all of it
     crop=None,  # (left, top, right, bottom) as shares of width and height
-    size: int
-    | None = None,  # shrink to size × size, whatever the aspect; None: as it is
+    size: int | None = None,  # pixels along each side; None: as they are
     limit: int = 10,  # at most so many, spread evenly
 ) -> list:  # (3,H,W) uint8 pictures in time order
-    "Frames of a clip at regular times; anything unreadable is an `InputError` that says why"
+    "Frames of a clip at regular times; an `InputError` says why it cannot be read"
     import av
 
     start, end = span or (0.0, float("inf"))
@@ -106,7 +105,8 @@ def video_frames(
         length = None if c.duration is None else c.duration / 1e6
         if length and start >= length:
             raise InputError(
-                f"{path}: the span {start:.2f} to {end:.2f} s begins after the recording ends ({length:.2f} s)."
+                f"{path}: the span {start:.2f} to {end:.2f} s begins after the "
+                f"recording ends ({length:.2f} s)."
             )
         stream = c.streams.video[0]
         stream.codec_context.thread_count = (
@@ -125,17 +125,20 @@ def video_frames(
                     due += every
         except av.error.FFmpegError as e:
             raise InputError(
-                f"{path}: the video is damaged after {last.time if last else 0:.2f} s ({e.strerror}); fetch it again."
+                f"{path}: the video is damaged after {last.time if last else 0:.2f} s "
+                f"({e.strerror}); fetch it again."
             ) from e
     if last is None:
         raise InputError(f"{path}: the video stream holds no picture; fetch it again.")
     if length and end == float("inf") and last.time < length - max(0.75, 0.1 * length):
         raise InputError(
-            f"{path}: the video is cut short ({last.time:.2f} of {length:.2f} s); fetch it again."
+            f"{path}: the video is cut short ({last.time:.2f} of {length:.2f} s); "
+            "fetch it again."
         )
     if not found and last.time < start - 1:
         raise InputError(
-            f"{path}: the video is damaged: no picture can be decoded from {start:.2f} s on; fetch it again."
+            f"{path}: the video is damaged: no picture can be decoded from "
+            f"{start:.2f} s on; fetch it again."
         )
     found = found or [last.to_image()]  # a span between two frames
     return [
@@ -147,7 +150,7 @@ def video_frames(
         )
     ]
 
-# %% ../../nbs/18_files.ipynb #4746f21d
+
 def _shrink(im, crop, size):
     w, h = im.size
     if crop:
@@ -175,7 +178,7 @@ def _opened(path, kind):
         raise InputError(f"{path}: the file has no {kind} stream.")
     return c
 
-# %% ../../nbs/18_files.ipynb #a60ea9ff
+
 def _head(path, what):
     try:
         with open(path, "rb") as f:
@@ -190,7 +193,7 @@ def _head(path, what):
 # %% ../../nbs/18_files.ipynb #854bbdf0
 MEDIA = [".flv", ".mp4", ".avi", ".mkv", ".webm", ".mov", ".mpg", ".m4a"]
 
-# %% ../../nbs/18_files.ipynb #bb26b282
+
 def sound_of(
     path,  # a sound file, or a video with a sound track
     rate: int = 16000,  # Hz to resample to
@@ -213,21 +216,24 @@ def sound_of(
                 ]
             except av.error.FFmpegError as e:
                 raise InputError(
-                    f"{path}: the sound track is damaged ({e.strerror}); fetch it again."
+                    f"{path}: the sound track is damaged ({e.strerror}); fetch it "
+                    "again."
                 ) from e
         if not parts:
             raise InputError(f"{path}: the sound track is empty; fetch it again.")
         wave = torch.from_numpy(np.concatenate(parts))
     if not wave.isfinite().all():
         raise InputError(
-            f"{path}: the recording holds values that are no numbers (NaN or infinity); fetch it again."
+            f"{path}: the recording holds values that are no numbers (NaN or "
+            "infinity); fetch it again."
         )
     if not span:
         return wave
     cut = wave[int(span[0] * rate) : int(span[1] * rate)]
     if not len(cut):
         raise InputError(
-            f"{path}: the span {span[0]:.2f} to {span[1]:.2f} s lies outside of the recording ({len(wave) / rate:.2f} s)."
+            f"{path}: the span {span[0]:.2f} to {span[1]:.2f} s lies outside of the "
+            f"recording ({len(wave) / rate:.2f} s)."
         )
     return cut
 
@@ -259,7 +265,7 @@ def read_text(
 FEATURES = ("spectrogram", "fbank", "log_mel")
 RATE = 16000
 
-# %% ../../nbs/18_files.ipynb #db09c9ba
+
 def media_options(
     audio: str = "spectrogram",
     seconds: float = 5.0,
@@ -272,11 +278,9 @@ def media_options(
     "Everything that decides what is stored, checked"
     if audio not in FEATURES:
         raise unknown("audio feature", audio, FEATURES)
-    (
-        validate_option("frames", frames, int, 1, 10),
-        validate_option("size", size, int, 16, 1024),
-        validate_option("seed", seed, int, 0),
-    )
+    validate_option("frames", frames, int, 1, 10)
+    validate_option("size", size, int, 16, 1024)
+    validate_option("seed", seed, int, 0)
     return dict(
         audio=audio,
         seconds=validate_option("seconds", seconds, float, 0.1, 60),
@@ -288,8 +292,12 @@ def media_options(
     )
 
 # %% ../../nbs/18_files.ipynb #eb4a837e
-def audio_features(wave, o: dict, key: str = ""):
-    "The stored features of a waveform at 16 kHz; `key` (an id) and the seed decide where long clips are cut"
+def audio_features(
+    wave,  # (T,) at 16 kHz
+    o: dict,  # from `media_options`
+    key: str = "",  # an id: with the seed it decides where a long clip is cut
+):
+    "The features of a waveform, as they are stored"
     n = int(o["seconds"] * RATE)
     if o["audio"] == "fbank":
         return fbank(tile(wave, RATE // 40), RATE)  # one frame of 25 ms, at least
@@ -339,7 +347,7 @@ def media_modalities(
 
 # %% ../../nbs/18_files.ipynb #9ad5938a
 def read_media(
-    row: dict,  # id, y; and any of audio, video, image (paths), text (itself) or text_file, span (seconds), crop (shares)
+    row: dict,  # id, y; any of audio, video, image, text_file (paths), text, span, crop
     o: dict,  # from `media_options`
 ) -> dict:  # id, y and the stored items; what the row does not name is absent
     "One sample from its files"
@@ -380,19 +388,22 @@ def open_image(path, size: int | None = None):
             return _shrink(im.convert("RGB"), None, size)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(
-            f"{path}: not a readable image ({str(e).split('<')[0].strip()}); fetch it again or leave it out."
+            f"{path}: not a readable image ({str(e).split('<')[0].strip()}); fetch it "
+            "again or leave it out."
         ) from e
 
 # %% ../../nbs/18_files.ipynb #27b5dadd
 def numbered(text: str) -> list:
-    "(number, line) of the lines that hold something; unlike `splitlines`, no other separator counts: tweets hold those"
+    "(number, line) of the lines that hold something; only line ends separate them"
+    # `splitlines` also splits at separators that tweets hold
     return [(k, s) for k, s in enumerate(re.split(r"\r?\n|\r", text), 1) if s.strip()]
 
-# %% ../../nbs/18_files.ipynb #b646d84d
+
 def read_split(
     path,  # of a list of samples
 ) -> list:  # dict(id, label, …) each
-    "A list in JSON lines (id, label, …), as `a [split|sign] b [split|sign] Label`, as CSV with a header, as `id,label`, or as `name label`"
+    "A list of samples, in any of the formats that splits are published in"
+    # JSON lines; name [split|sign] text [split|sign] label; CSV; `id,label`; `name label`
     lines = [s for _, s in numbered(read_text(path))]
     if not lines:
         raise InputError(f"{path}: the file is empty; expected one sample per line.")
@@ -409,7 +420,8 @@ def read_split(
         bad = [k for k, r in enumerate(rows[1:], 2) if len(r) != len(head)]
         if bad:
             raise InputError(
-                f"{path}, line {bad[0]}: {len(rows[bad[0] - 1])} columns, but the header names {len(head)}."
+                f"{path}, line {bad[0]}: {len(rows[bad[0] - 1])} columns, but the "
+                f"header names {len(head)}."
             )
         return [
             _named(path, k, dict(zip(head, (v.strip() for v in r))))
@@ -430,11 +442,12 @@ def stem(name: str) -> str:
         flags=re.I,
     )
 
-# %% ../../nbs/18_files.ipynb #6d072cb4
+
 def _fields(path, k, line, parts):
     if len(parts) < 2 or not (stem(parts[0]) and parts[-1].strip()):
         raise InputError(
-            f"{path}, line {k}: {line.strip()!r} is not a sample; expected `id,label` or `name label`."
+            f"{path}, line {k}: {line.strip()!r} is not a sample; expected `id,label` "
+            "or `name label`."
         )
     return dict(
         id=stem(parts[0]),
@@ -442,7 +455,7 @@ def _fields(path, k, line, parts):
         **({"text": " ".join(parts[1:-1]).strip()} if len(parts) > 2 else {}),
     )
 
-# %% ../../nbs/18_files.ipynb #960d7a40
+
 def _json_line(path, k, line):
     try:
         row = json.loads(line)
@@ -450,7 +463,7 @@ def _json_line(path, k, line):
         raise InputError(f"{path}, line {k}: not valid JSON ({e}).") from e
     return _named(path, k, row)
 
-# %% ../../nbs/18_files.ipynb #1cf2c06f
+
 def _named(path, k, row):
     lost = [
         f
@@ -462,13 +475,14 @@ def _named(path, k, row):
     ]
     if lost:
         raise InputError(
-            f"{path}, line {k}: there is no {lost[0]!r}; every sample needs an id and a label."
+            f"{path}, line {k}: there is no {lost[0]!r}; every sample needs an id and "
+            "a label."
         )
     return {**row, "id": stem(str(row["id"])), "label": str(row["label"])}
 
 # %% ../../nbs/18_files.ipynb #efd62d9d
 def origin(title: str, root, split) -> dict:
-    "Where a prepared dataset came from, as its dataset.json says; a miniature is named as such"
+    "Where a prepared dataset came from; a miniature is named as such"
     made = (
         " (miniature: made, not recorded)"
         if (Path(root) / "MINIATURE.txt").exists()
@@ -476,17 +490,20 @@ def origin(title: str, root, split) -> dict:
     )
     return {"name": title + made, "split": [Path(s).name for s in split]}
 
-# %% ../../nbs/18_files.ipynb #bfc0ef33
+
 def check_rows(rows: list, name: str) -> list:
     "Refuse duplicate ids; an empty list is the wrong folder"
     if not rows:
         raise InputError(
-            f"{name}: no samples found; is --root the folder that the download was unpacked to?"
+            f"{name}: no samples found; is --root the folder that the download was "
+            "unpacked to?"
         )
     twice = [i for i, n in Counter(r["id"] for r in rows).items() if n > 1]
     if twice:
         raise InputError(
-            f"{name}: the id {twice[0]!r} occurs more than once{f' (and {len(twice) - 1} other ids)' if twice[1:] else ''}; every sample needs an id of its own."
+            f"{name}: the id {twice[0]!r} occurs more than "
+            f"once{f' (and {len(twice) - 1} other ids)' if twice[1:] else ''}; every "
+            "sample needs an id of its own."
         )
     odd = [
         r["id"] for r in rows if r["id"].encode("utf-8", "replace").decode() != r["id"]
@@ -500,12 +517,12 @@ def check_rows(rows: list, name: str) -> list:
 # %% ../../nbs/18_files.ipynb #857c1d7f
 def split_by_files(
     rows: list,  # all samples there are
-    lists: dict,  # split -> list of dict(id, label), from `read_split`; without 'valid' a tenth of train
+    lists: dict,  # split -> list of dict(id, label); no 'valid': a tenth of train
     labels: dict,  # a label as written, in lower case -> class name
     seed: int = 0,
     absent: str = "error",  # ids that are not there: 'error', or 'skip'
 ) -> dict:  # split -> rows, with the lists' labels
-    "Splits as somebody published them"
+    "Splits as they were published"
     have, seen, out, lost = {r["id"]: r for r in rows}, {}, {}, []
     for split, entries in lists.items():
         for e in entries:
@@ -515,7 +532,9 @@ def split_by_files(
                 )
             if e["id"] in seen:
                 raise InputError(
-                    f"{e['id']!r} is in the {seen[e['id']]} list and {'again ' if seen[e['id']] == split else ''}in the {split} list; every sample belongs to one split, once."
+                    f"{e['id']!r} is in the {seen[e['id']]} list and "
+                    f"{'again ' if seen[e['id']] == split else ''}in the {split} "
+                    "list; every sample belongs to one split, once."
                 )
             seen[e["id"]] = split
             if e["id"] not in have:
@@ -527,11 +546,14 @@ def split_by_files(
         ]
     if lost and (absent != "skip" or len(lost) == len(seen)):
         raise InputError(
-            f"the split lists name {len(lost)} of {len(seen)} samples that are not there ({', '.join(lost[:3])}{', …' if lost[3:] else ''}); complete the download, or leave them out with --absent skip."
+            f"the split lists name {len(lost)} of {len(seen)} samples that are not "
+            f"there ({', '.join(lost[:3])}{', …' if lost[3:] else ''}); complete the "
+            "download, or leave them out with --absent skip."
         )
     if lost:
         print(
-            f"left out: {len(lost)} samples that the split lists name and that are not there ({', '.join(lost[:3])}{', …' if lost[3:] else ''})"
+            f"left out: {len(lost)} samples that the split lists name and that are "
+            f"not there ({', '.join(lost[:3])}{', …' if lost[3:] else ''})"
         )
     if "valid" not in out:
         out["train"], out["valid"] = share_out(out["train"], (0.9, 0.1), seed)
@@ -577,11 +599,12 @@ def media_folder(name: str, data="data", variant: str = "") -> Path:
     "Where a variant of a dataset lives"
     if not re.fullmatch(r"[\w.-]*", variant) or variant.startswith("."):
         raise InputError(
-            f"variant={variant!r}: must be letters, digits, dots, dashes and underscores, not beginning with a dot."
+            f"variant={variant!r}: must be letters, digits, dots, dashes and "
+            "underscores, not beginning with a dot."
         )
     return Path(data) / (f"{name}-{variant}" if variant else name)
 
-# %% ../../nbs/18_files.ipynb #e2cc0c42
+
 def prepare_media(
     name: str,
     classes: list,
@@ -597,7 +620,7 @@ def prepare_media(
     progress: bool = True,
     shard: int = 250,
 ) -> Path:
-    "Rows -> a prepared dataset, with a summary; what cannot be read is left out and listed"
+    "Rows -> a prepared dataset and a summary; unreadable samples are left out, listed"
     rows = check_rows(sum(splits.values(), []), name)
     known = set(classes)
     odd = [r for r in rows if r["y"] not in known]
@@ -610,7 +633,8 @@ def prepare_media(
     )
     if new:
         raise InputError(
-            f"{name}: {', '.join(map(repr, new[:3]))} in validation or test but in no training sample; every class tested must be trained: split otherwise."
+            f"{name}: {', '.join(map(repr, new[:3]))} in validation or test but in no "
+            "training sample; every class tested must be trained: split otherwise."
         )
     out = prepare(
         out or media_folder(name, data, variant),
@@ -631,7 +655,7 @@ def prepare_media(
         print(summary(out))
     return out
 
-# %% ../../nbs/18_files.ipynb #56d2a8fd
+
 def _rows_sha(splits):
     "A checksum of who is where: the rows without the folders their files lie in"
     import hashlib
@@ -681,9 +705,15 @@ SMALL = {
     "size": 48,
 }  # what is stored of a miniature, unless something else is asked for
 
-# %% ../../nbs/18_files.ipynb #1645b44e
-def media_parser(name: str, doc: str, splits: str, default: str = "random", **extra):
-    "The command line that all preparation scripts share; `extra` are further options: name -> (default, help), or None for one of `media_options` that means nothing here"
+
+def media_parser(
+    name: str,  # of the dataset
+    doc: str,  # what --help says
+    splits: str,  # further words for --split
+    default: str = "random",  # of --split
+    **extra,  # option -> (default, help); None takes one of `media_options` away
+):
+    "The command line that all preparation scripts share"
     import argparse
 
     p = argparse.ArgumentParser(
@@ -697,14 +727,16 @@ def media_parser(name: str, doc: str, splits: str, default: str = "random", **ex
     where.add_argument(
         "--miniature",
         action="store_true",
-        help="make a small made dataset in the official layout instead, and prepare that as NAME-miniature",
+        help="make a small synthetic dataset in the official layout instead, "
+        "and prepare that as NAME-miniature",
     )
     p.add_argument(
         "--split",
         nargs="+",
         default=[default],
         metavar="HOW",
-        help=f"'random'{splits}; or files: TRAIN TEST, or TRAIN VALID TEST (default: {default})",
+        help=f"'random'{splits}; or files: TRAIN TEST, or TRAIN VALID TEST "
+        f"(default: {default})",
     )
     p.add_argument(
         "--absent",
@@ -720,7 +752,7 @@ def media_parser(name: str, doc: str, splits: str, default: str = "random", **ex
     )
     return add_options(p, **extra)
 
-# %% ../../nbs/18_files.ipynb #ccabc920
+
 def add_options(p, **extra):
     "What to store, and where: the options of every preparation script"
     offered = {**{k: (v, HELP[k]) for k, v in media_options().items()}, **extra}
@@ -781,18 +813,20 @@ def media_main(
 
 # %% ../../nbs/18_files.ipynb #51a957ff
 def in_a_sentence(name: str, do):
-    "Run a preparation; whatever goes wrong ends the script with one sentence"
+    "Run a preparation; every error ends the script with one sentence"
     try:
         out = do()
     except InputError as e:
         sys.exit(f"prepare_{name}: {e}")
     except BrokenProcessPool:
         sys.exit(
-            f"prepare_{name}: a process died (killed, or out of memory); the same command goes on where it stopped, with fewer --workers perhaps further"
+            f"prepare_{name}: a process died (killed, or out of memory); the same "
+            "command goes on where it stopped, with fewer --workers perhaps further"
         )
     except OSError as e:
         sys.exit(
-            f"prepare_{name}: cannot read or write {e.filename}: {e.strerror}; choose another --data or --out, or make room there"
+            f"prepare_{name}: cannot read or write {e.filename}: {e.strerror}; choose "
+            "another --data or --out, or make room there"
         )
     except KeyboardInterrupt:
         sys.exit(f"prepare_{name}: stopped; the same command goes on where it stopped")
@@ -800,15 +834,15 @@ def in_a_sentence(name: str, do):
 
 # %% ../../nbs/18_files.ipynb #6a6b9a56
 def the_splits(
-    rows: list,
-    how: list,  # all samples; --split
+    rows: list,  # all samples
+    how: list,  # the words of --split
     labels: dict,  # as in `split_by_files`
     seed: int = 0,
     absent: str = "error",
-    groups: dict = {},  # word for --split -> key of the rows
+    groups: dict | None = None,  # word for --split -> key of the rows
 ) -> dict:  # split -> rows
     "What --split asks for"
-    names = ("train", "valid", "test")
+    names, groups = ("train", "valid", "test"), groups or {}
     if len(how) == 1 and how[0] == "random":
         return dict(zip(names, share_out(rows, seed=seed)))
     if len(how) == 1 and how[0] in groups:
@@ -835,8 +869,8 @@ CROPS = {"left": (0.0, 0.0, 0.5, 1.0), "right": (0.5, 0.0, 1.0, 1.0)}
 
 
 def media_item(
-    m: str,
-    source,  # modality; a path (a text itself), a (T,) waveform at 16 kHz, uint8 pixels, or dict(path=…, span=(start, end), crop='left')
+    m: str,  # modality
+    source,  # a path, a text, a (T,) waveform at 16 kHz, uint8 pixels, or a dict
     o: dict,  # options of the prepared dataset
     mod: Modality,  # what its items are
     key: str = "",  # id: decides where long recordings are cut
@@ -858,7 +892,8 @@ def media_item(
     ]
     if odd:
         raise InputError(
-            f"{m}: {odd[0]} cannot be given here; a span is for sound and video files, a crop for video files."
+            f"{m}: {odd[0]} cannot be given here; a span is for sound and video "
+            "files, a crop for video files."
         )
     if isinstance(what, torch.Tensor):
         made = _stored(m, what, o, key)

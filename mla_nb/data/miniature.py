@@ -100,7 +100,9 @@ def _cremad(root, n, seed):
         (root / d).mkdir(parents=True)
     for i, r in enumerate(moods(n, 6, seed)):
         k = i // 6  # every actor says every sentence in every mood
-        name = f"{1001 + k % 10}_{SENTENCES[k // 10 % 12]}_{codes[r['y']]}_{'MD' if k // 10 % 12 == 0 else 'XX'}"
+        level = "MD" if k // 10 % 12 == 0 else "XX"
+        sentence = SENTENCES[k // 10 % 12]
+        name = f"{1001 + k % 10}_{sentence}_{codes[r['y']]}_{level}"
         sf.write(root / f"AudioWAV/{name}.wav", r["audio"], RATE)
         write_video(
             root / f"VideoFlash/{name}.flv",
@@ -269,7 +271,7 @@ def miniature(
     n: int = 180,  # samples
     seed: int = 0,
 ) -> Path:  # root
-    "A small made dataset in the official layout of a real one; if it is there already, nothing happens"
+    "A small synthetic dataset in the official layout of a real one; made once"
     if name not in MINIATURES:
         raise unknown("miniature", name, MINIATURES)
     validate_option("n", n, int, 12)
@@ -287,7 +289,8 @@ def miniature(
     todo.mkdir(parents=True)
     MINIATURES[name](todo, n, seed)
     (todo / done.name).write_text(
-        f"A made dataset in the layout of {name}: {n} samples, seed {seed}. Nothing in it was recorded.\n"
+        f"A made dataset in the layout of {name}: {n} samples, seed {seed}. Nothing "
+        "in it was recorded.\n"
     )
     todo.rename(root)
     return root

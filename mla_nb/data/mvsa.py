@@ -67,7 +67,8 @@ def read_labels(
             continue
         if len(cells) > 2:
             raise InputError(
-                f"{path}, line {k}: {len(cells) - 1} pairs of labels; this is MVSA-Multiple, and only MVSA-Single, with one pair, is understood."
+                f"{path}, line {k}: {len(cells) - 1} pairs of labels; this is "
+                "MVSA-Multiple, and only MVSA-Single, with one pair, is understood."
             )
         pair = [v.strip().lower() for v in cells[-1].split(",")]
         if len(cells) < 2 or len(pair) != 2 or not cells[0]:
@@ -81,7 +82,8 @@ def read_labels(
                 )
         if cells[0] in out:
             raise InputError(
-                f"{path}, line {k}: the id {cells[0]!r} occurs for the second time; every sample needs an id of its own."
+                f"{path}, line {k}: the id {cells[0]!r} occurs for the second time; "
+                "every sample needs an id of its own."
             )
         out[cells[0]] = tuple(pair)
     if not out:
@@ -98,7 +100,8 @@ def mvsa_files(
     data, out = Path(root) / "data", {}
     if not data.is_dir():
         raise InputError(
-            f"{data}: there is no such folder; give the folder that holds data/ and labelResultAll.txt as --root."
+            f"{data}: there is no such folder; give the folder that holds data/ and "
+            "labelResultAll.txt as --root."
         )
     for p in sorted(data.iterdir(), key=lambda p: (len(p.stem), p.name)):
         kind = {"jpg": "image", "txt": "text_file"}.get(p.suffix[1:].lower())
@@ -124,11 +127,14 @@ def mvsa_rows(
     gone = [i for i in table if i not in files]
     if 2 * len(gone) > len(table):
         raise InputError(
-            f"{root}: {len(gone)} of {len(table)} labeled samples have no file in data/ ({', '.join(gone[:3])}, …), so this is hardly the complete download."
+            f"{root}: {len(gone)} of {len(table)} labeled samples have no file in "
+            f"data/ ({', '.join(gone[:3])}, …), so this is hardly the complete "
+            "download."
         )
     if gone:
         print(
-            f"left out: {len(gone)} labeled samples without a file ({', '.join(gone[:3])}{', …' if gone[3:] else ''})"
+            f"left out: {len(gone)} labeled samples without a file "
+            f"({', '.join(gone[:3])}{', …' if gone[3:] else ''})"
         )
     found = {i: LABEL_RULES[labels](*pair) for i, pair in table.items() if i in files}
     return check_rows([dict(files[i], y=y) for i, y in found.items() if y], "mvsa")
@@ -159,7 +165,9 @@ def mvsa_splits(
         ]
         if odd:
             print(
-                f"{len(odd)} labels of the lists are not what the rule {labels!r} makes of labelResultAll.txt ({', '.join(odd[:3])}{', …' if odd[3:] else ''}); the lists' hold"
+                f"{len(odd)} labels of the lists are not what the rule {labels!r} "
+                "makes of labelResultAll.txt "
+                f"({', '.join(odd[:3])}{', …' if odd[3:] else ''}); the lists' hold"
             )
     return splits
 
@@ -180,7 +188,7 @@ def prepare_mvsa(
     force: bool = False,
     progress: bool = True,
     labels: str = "agree",  # a rule of `LABEL_RULES`; lists bring labels of their own
-    incomplete: str = "keep",  # what to do with a tweet without picture or without text: 'keep', 'skip'
+    incomplete: str = "keep",  # or 'skip': tweets that lack picture or text
     **options,  # of `media_options`
 ) -> Path:
     "MVSA-Single -> a prepared dataset"
@@ -241,7 +249,8 @@ def mvsa_main(
     folder=partial(media_folder, "mvsa"),
     reader=media_item,
     splits=("random",),
-    source="http://www.mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-social-data/",
+    source="http://www.mcrlab.net/research/"
+    "mvsa-sentiment-analysis-on-multi-view-social-data/",
     license="for research only",
 )
 def mvsa(

@@ -49,7 +49,7 @@ def own_example(
     n: int = 200,  # samples
     seed: int = 0,
 ) -> Path:  # the table in it
-    "Sounds, photographs, notes and a table of them, all made: what somebody's own data may look like"
+    "Synthetic sounds, photographs and notes with a table, as your data may look"
     import soundfile as sf
 
     root, rng = Path(root), np.random.default_rng([seed, 6])
@@ -112,19 +112,23 @@ def _csv_lines(path, text):
         head = [h.strip().lower() for h in next(reader)]
         if twice := [h for h, n in Counter(head).items() if n > 1]:
             raise InputError(
-                f"{path}: the column {twice[0]!r} is there more than once; every column needs a name of its own."
+                f"{path}: the column {twice[0]!r} is there more than once; every "
+                "column needs a name of its own."
             )
         for cells in reader:
             if not any(c.strip() for c in cells):
                 continue
             if len(cells) != len(head):
                 raise InputError(
-                    f"{path}, line {reader.line_num}: {len(cells)} cells, but the header names {len(head)}; put quotes around text that holds the separator."
+                    f"{path}, line {reader.line_num}: {len(cells)} cells, but the "
+                    f"header names {len(head)}; put quotes around text that holds the "
+                    "separator."
                 )
             yield reader.line_num, dict(zip(head, cells))
     except csv.Error as e:
         raise InputError(
-            f"{path}, line {reader.line_num}: not a line of a table ({e}); look for a quote that is never closed."
+            f"{path}, line {reader.line_num}: not a line of a table ({e}); look for a "
+            "quote that is never closed."
         ) from None
 
 # %% ../../nbs/31_own.ipynb #25f6aeaf
@@ -137,7 +141,8 @@ def _json_lines(path, text):
             raise InputError(f"{path}, line {k}: not valid JSON ({e}).") from None
         if not isinstance(row, dict):
             raise InputError(
-                f'{path}, line {k}: {line.strip()[:40]!r} is not an object; expected {{"id": …, "label": …}}.'
+                f"{path}, line {k}: {line.strip()[:40]!r} is not an object; "
+                'expected {"id": …, "label": …}.'
             )
         yield k, row
 
@@ -145,11 +150,12 @@ def _json_lines(path, text):
 def read_table(
     path,  # a CSV with a header, or JSON lines
 ) -> list:  # rows for `read_media`; with `split` and `group` where the table has them
-    "A table of one's own, checked; empty cells are absent, paths are relative to its folder"
+    "Your table, checked; empty cells are absent, paths relative to its folder"
     path, rows = Path(path), []
     if path.is_dir():
         raise InputError(
-            f"{path} is a folder; give the table (a CSV or JSON-lines file) that lies in it."
+            f"{path} is a folder; give the table (a CSV or JSON-lines file) that lies "
+            "in it."
         )
     text = read_text(path)
     if not text.strip():
@@ -169,15 +175,18 @@ def read_table(
         for c in ("id", "label"):
             if c not in row:
                 raise InputError(
-                    f"{path}, line {k}: there is no {c!r}; every sample needs an id and a label."
+                    f"{path}, line {k}: there is no {c!r}; every sample needs an id "
+                    "and a label."
                 )
         if not any(c in row for c in (*PATHS, "text")):
             raise InputError(
-                f"{path}, line {k}: {row['id']!r} has none of {', '.join(PATHS)} and text; fill in one, or remove the line."
+                f"{path}, line {k}: {row['id']!r} has none of {', '.join(PATHS)} and "
+                "text; fill in one, or remove the line."
             )
         if "text" in row and "text_file" in row:
             raise InputError(
-                f"{path}, line {k}: {row['id']!r} has both text and text_file; choose one."
+                f"{path}, line {k}: {row['id']!r} has both text and text_file; choose "
+                "one."
             )
         if "split" in row and row["split"].lower() not in PARTS:
             raise unknown(f"split ({path}, line {k})", row["split"], PARTS)
@@ -193,7 +202,9 @@ def read_table(
         lost = [r["id"] for r in rows if c not in r]
         if 0 < len(lost) < len(rows):
             raise InputError(
-                f"{path}: {len(lost)} of {len(rows)} samples have no {c} ({', '.join(lost[:3])}{', …' if lost[3:] else ''}); fill in all of that column, or none."
+                f"{path}: {len(lost)} of {len(rows)} samples have no {c} "
+                f"({', '.join(lost[:3])}{', …' if lost[3:] else ''}); fill in all of "
+                "that column, or none."
             )
     return check_rows(rows, str(path))
 
@@ -214,7 +225,8 @@ def own_classes(
         )
     if len(names) < 2:
         raise InputError(
-            f"all {len(rows)} samples have the label {names[0]!r}; there must be at least two classes."
+            f"all {len(rows)} samples have the label {names[0]!r}; there must be at "
+            "least two classes."
         )
     return sorted(
         names, key=lambda n: (0, int(n), n) if re.fullmatch(r"-?\d+", n) else (1, 0, n)
@@ -223,7 +235,7 @@ def own_classes(
 # %% ../../nbs/31_own.ipynb #0a98ec80
 def own_splits(
     rows: list,  # from `read_table`
-    how: str = "",  # 'column', 'random' or 'group'; empty: the column if there is one, else random
+    how: str = "",  # 'column', 'random', 'group'; empty: the column, else random
     seed: int = 0,
 ) -> dict:  # split -> rows
     "As the table says, or by chance"
@@ -233,7 +245,8 @@ def own_splits(
     need = {"column": "split", "group": "group"}.get(how)
     if need and need not in rows[0]:
         raise InputError(
-            f"--split {how}: the table has no column {need!r}; add one, or use --split random."
+            f"--split {how}: the table has no column {need!r}; add one, or use "
+            "--split random."
         )
     if how != "column":
         return the_splits(rows, [how], {}, seed, groups={"group": "group"})
@@ -241,7 +254,8 @@ def own_splits(
     for k in ("train", "test"):
         if not out[k]:
             raise InputError(
-                f"the column 'split' puts no sample into {k!r}; mark some, or use --split random."
+                f"the column 'split' puts no sample into {k!r}; mark some, or use "
+                "--split random."
             )
     if not out["valid"]:
         out["train"], out["valid"] = share_out(out["train"], (0.9, 0.1), seed)
@@ -258,18 +272,22 @@ def _there(rows, absent):
     }
     if not lost:
         return rows
-    said = f"{len(lost)} of {len(rows)} samples name files that are not there ({', '.join(list(lost.values())[:3])}{', …' if len(lost) > 3 else ''})"
+    said = (
+        f"{len(lost)} of {len(rows)} samples name files that are not there "
+        f"({', '.join(list(lost.values())[:3])}{', …' if len(lost) > 3 else ''})"
+    )
     if absent != "skip" or len(lost) == len(rows):
         raise InputError(
-            f"{said}; paths are relative to the table's folder; correct them, empty the cells, or leave these samples out with --absent skip."
+            f"{said}; paths are relative to the table's folder; correct them, empty "
+            "the cells, or leave these samples out with --absent skip."
         )
     print(f"left out: {said}")
     return [r for r in rows if r["id"] not in lost]
 
 # %% ../../nbs/31_own.ipynb #95fe33f1
 def prepare_own(
-    table,
-    name: str = "",  # a CSV or JSON-lines file; what to call it (default: the file's name)
+    table,  # a CSV or JSON-lines file
+    name: str = "",  # what to call it; empty: as the file
     split: str = "",  # as in `own_splits`
     data="data",
     out=None,
@@ -283,7 +301,8 @@ def prepare_own(
     name, o = name or Path(table).stem, media_options(**options)
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise InputError(
-            f"--name {name!r}: must be letters, digits, '_', '-' and '.', because it becomes a folder."
+            f"--name {name!r}: must be letters, digits, '_', '-' and '.', because it "
+            "becomes a folder."
         )
     rows = _there(read_table(table), absent)
     classes, names = (
@@ -298,7 +317,8 @@ def prepare_own(
     for m in names:
         if not any(m in r or m == "text" and "text_file" in r for r in splits["train"]):
             raise InputError(
-                f"no training sample has {m}, so nothing can be learnt from it; change the split, or remove that column."
+                f"no training sample has {m}, so nothing can be learnt from it; "
+                "change the split, or remove that column."
             )
     return prepare_media(
         "own",
@@ -336,12 +356,14 @@ def own_main(
     what.add_argument(
         "--table",
         metavar="FILE",
-        help="CSV or JSON lines with id, label, and any of audio, video, image, text, text_file, split, group",
+        help="CSV or JSON lines with id, label, and any of audio, video, image, text, "
+        "text_file, split, group",
     )
     what.add_argument(
         "--miniature",
         action="store_true",
-        help="make a small table with sounds, photographs and notes instead, and prepare that",
+        help="make a small table with sounds, photographs and notes instead, "
+        "and prepare that",
     )
     p.add_argument(
         "--name",
@@ -352,7 +374,8 @@ def own_main(
         "--split",
         default="",
         metavar="HOW",
-        help="'column' (what the table says), 'random', or 'group' (no group in two parts); default: the column if there is one, else random",
+        help="'column' (what the table says), 'random', or 'group' (no group in two "
+        "parts); default: the column if there is one, else random",
     )
     p.add_argument(
         "--absent",
@@ -407,7 +430,8 @@ def kinetics_rows(
     top = root / "videos" if (root / "videos").is_dir() else root
     if not top.is_dir():
         raise InputError(
-            f"{top}: there is no such folder; give the folder that holds videos/ (or the class folders) as --root."
+            f"{top}: there is no such folder; give the folder that holds videos/ (or "
+            "the class folders) as --root."
         )
     found = sorted(
         p
@@ -416,7 +440,8 @@ def kinetics_rows(
     )
     if not found:
         raise InputError(
-            f"{top}: no class folders with videos ({', '.join(MEDIA[:6])}) in it; give the folder that holds videos/<class>/<clip>.mp4 as --root."
+            f"{top}: no class folders with videos ({', '.join(MEDIA[:6])}) in it; "
+            "give the folder that holds videos/<class>/<clip>.mp4 as --root."
         )
     return check_rows(
         [
@@ -428,8 +453,8 @@ def kinetics_rows(
 
 # %% ../../nbs/31_own.ipynb #ffc4c5bb
 def kinetics_splits(
-    rows: list,
-    how,  # from `kinetics_rows`; ['random'], or files: train, test or train, valid, test
+    rows: list,  # from `kinetics_rows`
+    how,  # ['random'], or files: train, test or train, valid, test
     seed: int = 0,
     absent: str = "error",
 ) -> dict:  # split -> rows
@@ -449,7 +474,9 @@ def kinetics_splits(
     odd = [r for v in splits.values() for r in v if folder[r["id"]] != r["y"]]
     if odd:
         raise InputError(
-            f"{len(odd)} clips lie in another class folder than the lists say; the first: {odd[0]['id']!r} is in {folder[odd[0]['id']]!r} and listed as {odd[0]['y']!r}."
+            f"{len(odd)} clips lie in another class folder than the lists say; the "
+            f"first: {odd[0]['id']!r} is in {folder[odd[0]['id']]!r} and listed as "
+            f"{odd[0]['y']!r}."
         )
     return splits
 

@@ -130,8 +130,8 @@ def prepare(
     name: str,
     classes: list,
     modalities: dict,
-    sources: dict,  # split -> list of sources, small things that can be sent to another process
-    read: Callable,  # source -> dict of id, y (a class name) and the raw modalities it has
+    sources: dict,  # split -> list of sources, small enough to send to a process
+    read: Callable,  # source -> dict of id, y (a class name) and the modalities it has
     source: dict,  # where the raw data came from
     options: dict,  # everything that decides what comes out
     shard: int = 500,  # samples per shard
@@ -140,7 +140,7 @@ def prepare(
     progress: bool = True,
     skip: bool = False,  # leave out what cannot be read (sources are dicts with an id)
 ) -> Path:
-    "Raw samples -> Arrow shards and dataset.json; doing it twice is nothing, being killed is repaired by doing it again"
+    "Raw samples -> Arrow shards and dataset.json; idempotent, resumes after a kill"
     out, classes = Path(out), list(classes)
     plan = {
         "format": 1,
@@ -223,11 +223,13 @@ def estimate(
     there = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
     free = shutil.disk_usage(there).free
     print(
-        f"{len(sources):,} samples: about {need['bytes'] / 2**20:,.0f} MB and {need['seconds'] / 60:.1f} minutes"
+        f"{len(sources):,} samples: about {need['bytes'] / 2**20:,.0f} MB and "
+        f"{need['seconds'] / 60:.1f} minutes"
     )
     if need["bytes"] > free:
         raise InputError(
-            f"{out}: needs about {need['bytes'] / 2**30:.1f} GB and there are {free / 2**30:.1f} GB; choose another disk with --data, or make room."
+            f"{out}: needs about {need['bytes'] / 2**30:.1f} GB and there are "
+            f"{free / 2**30:.1f} GB; choose another disk with --data, or make room."
         )
     return need
 
@@ -237,12 +239,14 @@ def _check_request(name, classes, sources, options, workers):
     for split in ("train", "valid", "test"):
         if not sources.get(split):
             raise InputError(
-                f"{name}: the {split} split would be empty; check the split options ({options})."
+                f"{name}: the {split} split would be empty; check the split options "
+                f"({options})."
             )
     validate_option("workers", workers, int, 0, 256)
     if "total" in classes:
         raise InputError(
-            f"{name}: a class cannot be called 'total', which stands for the sum of all; rename it."
+            f"{name}: a class cannot be called 'total', which stands for the sum of "
+            "all; rename it."
         )
 
 # %% ../../nbs/17_prepared.ipynb #fea4856a
@@ -279,7 +283,8 @@ def verify(
     )
     if meta["sha256"] != _seal(meta):
         raise InputError(
-            f"{folder}/dataset.json is damaged, or was edited by hand; prepare the dataset again with --force."
+            f"{folder}/dataset.json is damaged, or was edited by hand; prepare the "
+            "dataset again with --force."
         )
     shards = [
         (Path(folder) / s["file"], s["bytes"], s["sha256"])
@@ -296,7 +301,8 @@ def verify(
             )
         if not quick and sha256(path) != sha:
             raise InputError(
-                f"{path} is damaged: its checksum is wrong; prepare the dataset again with --force."
+                f"{path} is damaged: its checksum is wrong; prepare the dataset again "
+                "with --force."
             )
     return meta
 
@@ -306,7 +312,8 @@ def _partial_of(out):
 
 
 OURS = re.compile(
-    r"(train|valid|test)-\d+\.(arrow|skipped)|(dataset|plan)\.json|(skipped|incomplete)\.csv"
+    r"(train|valid|test)-\d+\.(arrow|skipped)"
+    r"|(dataset|plan)\.json|(skipped|incomplete)\.csv"
 )
 
 # %% ../../nbs/17_prepared.ipynb #f6dbb044
@@ -326,12 +333,14 @@ def _only_ours(out, part):
         )
         if held and mark not in held:
             raise InputError(
-                f"{f} holds {held[0]}, but no {mark}, so we did not make it; choose another folder with --out."
+                f"{f} holds {held[0]}, but no {mark}, so we did not make it; choose "
+                "another folder with --out."
             )
         odd = [name for name in held if not OURS.fullmatch(name)]
         if odd:
             raise InputError(
-                f"{f} holds other things ({odd[0]}), which would be lost; choose another folder with --out."
+                f"{f} holds other things ({odd[0]}), which would be lost; choose "
+                "another folder with --out."
             )
 
 # %% ../../nbs/17_prepared.ipynb #9dd46dab
@@ -356,11 +365,13 @@ def _already(out, plan):
             "other samples or labels" if differs == ["source"] else ", ".join(differs)
         )
         raise InputError(
-            f"{out} was prepared differently ({detail}); choose another folder with --out, or replace it with --force."
+            f"{out} was prepared differently ({detail}); choose another folder with "
+            "--out, or replace it with --force."
         )
     verify(out)
     print(
-        f"{out} is already prepared: {sum(c['total'] for c in old['counts'].values())} samples"
+        f"{out} is already prepared: "
+        f"{sum(c['total'] for c in old['counts'].values())} samples"
     )
     return out
 
@@ -417,7 +428,8 @@ def _skipped(part, plan, todo):
     total = sum(len(s) for _, _, s in todo)
     if 2 * len(rows) > total:
         raise InputError(
-            f"{plan['name']}: {len(rows)} of {total} samples cannot be read, so this is hardly the right folder; the first: {rows[0]['reason']}"
+            f"{plan['name']}: {len(rows)} of {total} samples cannot be read, so this "
+            f"is hardly the right folder; the first: {rows[0]['reason']}"
         )
     if rows:
         text = io.StringIO()
@@ -448,13 +460,15 @@ def _finish(part, out, plan, todo):
     for split, c in counts.items():
         if not c:
             raise InputError(
-                f"{plan['name']}: no sample of the {split} split can be read (skipped {skipped[split]}); mend the files, or split otherwise."
+                f"{plan['name']}: no sample of the {split} split can be read (skipped "
+                f"{skipped[split]}); mend the files, or split otherwise."
             )
     for split in ("valid", "test"):
         lost = [k for k in counts[split] if not counts["train"][k]]
         if lost:
             raise InputError(
-                f"{plan['name']}: {', '.join(map(repr, lost))} in the {split} split but in no training sample; every class tested must be trained."
+                f"{plan['name']}: {', '.join(map(repr, lost))} in the {split} split "
+                "but in no training sample; every class tested must be trained."
             )
     counts = {
         s: dict(total=sum(c.values()), **{k: c[k] for k in plan["classes"]})
@@ -594,7 +608,9 @@ def check_prepared(
 
     def sums():
         meta = verify(folder)
-        return f"{sum(map(len, meta['shards'].values()))} shards of {sum(c['total'] for c in meta['counts'].values())} samples, and every checksum is right"
+        shards = sum(map(len, meta["shards"].values()))
+        rows = sum(c["total"] for c in meta["counts"].values())
+        return f"{shards} shards of {rows} samples, and every checksum is right"
 
     def samples():
         for part in load_prepared(folder, limit=0).parts.values():
