@@ -104,7 +104,7 @@ prepare-digits: $(READY)
 $(MEDIA:%=prepare-%): prepare-%: $(READY)
 	$(BIN)/python data_scripts/prepare_$*.py $(if $(ROOT),--root '$(ROOT)' $(if $(SPLIT),--split $(SPLIT)),--miniature)
 prepare-%: $(READY)
-	@$(BIN)/python -c "from mla_nb.core import *; discover(); raise SystemExit(str(unknown('dataset', '$*', datasets)) if '$*' not in datasets else '$* has no demo; see data_scripts/prepare_$*.py --help')"
+	@$(BIN)/python -c "from mla_nb.core import datasets, discover, unknown; discover(); raise SystemExit(str(unknown('dataset', '$*', datasets)) if '$*' not in datasets else '$* has no demo; see data_scripts/prepare_$*.py --help')"
 
 lint: $(READY) ## layout and lint of notebooks, package and tests; which wing may import which
 	$(BIN)/ruff format --check nbs tests tools benchmarks results data_scripts docs setup.py

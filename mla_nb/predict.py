@@ -237,7 +237,8 @@ def read_item(
         if mod.form != "wave" and list(what.shape) == list(shape or ()):
             return what
         source = {**source, "path": what} if isinstance(source, dict) else what
-    reader = getattr(datasets.get(about["run"]["dataset"]), "reader", plain_item)
+    spec = datasets.get(about["run"]["dataset"])
+    reader = (spec and spec.reader) or plain_item
     item = reader(
         m,
         source,

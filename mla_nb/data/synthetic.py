@@ -331,7 +331,7 @@ def render(
     return out
 
 # %% ../../nbs/02_synthetic.ipynb #4e29db53
-@datasets
+@datasets.register(modalities=("audio", "visual", "text"), classes=tuple(MOODS))
 def synthetic(
     preset: str = "lazy",  # 'lazy' or 'balanced'
     seed: int = 0,  # another seed, other samples

@@ -77,7 +77,7 @@ def make_dataset(
     "The dataset of a run, without the items that are to be missing"
     discover()
     s = check_splits(
-        call(datasets[cfg.dataset], cfg.dataset_args, seed=cfg.seed, data=cfg.data)
+        call(datasets[cfg.dataset].make, cfg.dataset_args, seed=cfg.seed, data=cfg.data)
     )
     return with_missing(s, cfg.missing, cfg.missing_test, cfg.seed, cfg.missing_fill)
 
@@ -253,7 +253,7 @@ def data_checksum(
     cfg: DataConfig,  # of a run
 ) -> str | None:  # None: made on the fly from its options, or not there
     "Which version of a prepared dataset is this?"
-    where = getattr(datasets[cfg.dataset], "folder", None)
+    where = datasets[cfg.dataset].folder
     meta = where and where(**{"data": cfg.data, **cfg.dataset_args}) / "dataset.json"
     return (
         read_json(meta, ["sha256"], "prepare the dataset again with --force")["sha256"]
