@@ -25,8 +25,6 @@ from mla_nb.encoders.masked import M3AE, pooled, table
 from mla_nb.encoders.weights import fill, renamed
 from mla_nb.heads import (
     ConcatHead,
-    FilmHead,
-    GatedHead,
     Net,
     SharedHead,
     SumHead,
@@ -35,6 +33,7 @@ from mla_nb.heads import (
 from mla_nb.methods.base import Callback, Method, Turn, fuse
 from mla_nb.methods.ensemble import alternating
 from mla_nb.methods.fusion import FixedWeights, entropy, entropy_rule, released_gate
+from mla_nb.methods.joint import FilmHead, GatedHead
 from mla_nb.methods.ogm import OGM, modulation_coefficients, true_class
 from mla_nb.methods.projection import GradProjection
 from mla_nb.methods.qmf import QMFLoss, confidence
