@@ -49,10 +49,7 @@ def test_stored_clean(tmp_path):
 
 def test_export_in_step(tmp_path):
     pytest.importorskip("nbdev")
-    shutil.copytree(ROOT / "tools", tmp_path / "tools")
-    run(
-        tmp_path, "import runpy; runpy.run_path('tools/export.py', run_name='__main__')"
-    )
+    run(tmp_path, "from nbdev.doclinks import nbdev_export; nbdev_export()")
     new, old = (
         {p.relative_to(d) for p in (d / "mla_nb").rglob("*.py")}
         for d in (tmp_path, ROOT)
