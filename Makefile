@@ -128,7 +128,7 @@ chapter: $(READY) ## execute chapters in place: make chapter N=10
 	$(if $(N),$(BIN)/python tools/nbs.py run $(N),@echo "which one? make chapter N=10"; exit 1)
 
 export: $(READY) ## notebooks -> mla_nb/
-	$(BIN)/nbdev_export
+	$(BIN)/python tools/export.py
 readme: $(READY) ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/nbs.py readme
 clean: $(READY) ## store the notebooks without execution counts and stray metadata

@@ -41,7 +41,7 @@ from mla_nb.runs.run import (
     with_args,
     with_options,
 )
-from .tools import modality_color, play, read_json, write_atomic
+from .tools import read_json, write_atomic
 from .train.checkpoints import Stopped, check_seal, load_pred
 from .train.learner import plot_learning
 
@@ -157,6 +157,7 @@ def plot_accuracies(
 ):  # a figure
     "Test accuracy per modality and fused, a panel per run; dashed: the best possible, where it is known"
     import matplotlib.pyplot as plt
+    from mla_nb.plots import modality_color
 
     fig, axs = plt.subplots(
         1, len(runs), figsize=(4 * len(runs), 2.6), sharey=True, squeeze=False
@@ -279,6 +280,7 @@ def browse_runs(
 ):  # a widget
     "Choose a run; see its options, curves, weights, confusion and samples, beside those of another run"
     import ipywidgets as w
+    from mla_nb.widgets import play
 
     names = {
         str(Path(r["folder"]).relative_to(root)): r["folder"] for r in results(root)
@@ -602,6 +604,7 @@ def compared(
 def plot_compared(data, group):
     "Test accuracy of each method, fused and per modality, with 95% intervals"
     import matplotlib.pyplot as plt
+    from mla_nb.plots import modality_color
 
     mods = list(
         dict.fromkeys(

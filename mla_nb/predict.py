@@ -30,7 +30,7 @@ from .heads import Net
 from .methods.fusion import entropy
 from .missing import draw_item
 from .runs.run import load_run
-from .tools import modality_color, read_json, sha256, write_atomic
+from .tools import read_json, sha256, write_atomic
 from .train.learner import Method, Pred, predict
 
 # %% ../nbs/39_predict.ipynb #bbbefdbb
@@ -563,6 +563,8 @@ def show_bars(ax, p, order: list, classes: list, color, title: str):
 # %% ../nbs/39_predict.ipynb #550304ae
 def show_weights(ax, a: Answer):
     "How much every modality counts; nothing where the head decides"
+    from mla_nb.plots import modality_color
+
     ax.set(title="weights" if a.weights else "the head decides", ylim=(0, 1))
     ax.title.set_fontsize(10)
     if not a.weights:
@@ -583,6 +585,7 @@ def plot_answer(
 ):  # matplotlib's figure
     "Inputs, opinions, doubts, weights, and what follows from them"
     import matplotlib.pyplot as plt
+    from mla_nb.plots import modality_color
 
     a, mods = a[0], a.pred.mods
     if not a.items:

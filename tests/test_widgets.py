@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from mla_nb.widgets import play, png, slider
 
 from mla_nb.compare import browse_runs, facts, plot_runs, side_by_side
 from mla_nb.core import InputError, Modality, Samples, Splits, discover, encoders
@@ -39,7 +40,6 @@ from mla_nb.missing import (
     wav,
 )
 from mla_nb.runs.run import Run, run
-from mla_nb.tools import play, png, slider
 from mla_nb.train.learner import Callback, Learner, Method, Recorder, _toy, concat
 from mla_nb.train.loaders import Loaders, Shuffle
 from mla_nb.train.watching import LiveView, plot_live

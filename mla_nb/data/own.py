@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import np
+import numpy as np
 
 from ..core import InputError, Splits, datasets, unknown
 from mla_nb.data.media import (

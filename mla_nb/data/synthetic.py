@@ -23,7 +23,6 @@ from mla_nb.core import (
     unknown,
     validate_option,
 )
-from ..tools import modality_color, play, slider
 
 # %% ../../nbs/02_synthetic.ipynb #644eaed4
 MOODS = ["happy", "sly", "worried", "stern", "sad", "angry"]
@@ -393,6 +392,7 @@ def plot_knobs(
 ):
     "What each modality says, and the best possible accuracy of every subset"
     import matplotlib.pyplot as plt
+    from mla_nb.plots import modality_color
 
     if axs is None:
         axs = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")[1]
@@ -421,6 +421,8 @@ def play_knobs(
     preset: str = "lazy",  # where the knobs stand at first
 ):  # a widget
     "Knobs for what each modality says, and the bound that follows"
+    from mla_nb.widgets import play, slider
+
     start = turn_knobs(preset)
     names = [f"{m}_{what}" for m in HEARD for what in ("expressed", "blank")]
 

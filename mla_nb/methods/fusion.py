@@ -14,7 +14,6 @@ from torch import tensor
 
 from ..core import InputError, rules, unknown
 from .ensemble import mean_rule
-from ..tools import modality_color, play, slider
 from ..train.learner import Pred, fuse, valid_mask
 
 # %% ../../nbs/10_fusion.ipynb #1fe50f8f
@@ -237,6 +236,7 @@ def plot_fusion(
 ):
     "The answers about one sample and how unsure each is (left); what four rules make of them (right)"
     import matplotlib.pyplot as plt
+    from mla_nb.plots import modality_color
 
     if axs is None:
         axs = plt.subplots(1, 2, figsize=(9, 2.4), layout="constrained")[1]
@@ -281,6 +281,7 @@ def play_fusion(
 ):  # a widget
     "A knob for every logit, and a box for every modality that may be absent"
     from ipywidgets import Checkbox
+    from mla_nb.widgets import play, slider
 
     if len(mods) not in PUBLISHED:
         raise InputError(

@@ -14,7 +14,7 @@ from torch import nn, tensor
 
 from ..core import Batch, InputError, select_rows, unknown, validate_option
 from ..heads import SharedHead, make_net
-from ..tools import modality_color, play, set_seed, slider
+from ..tools import set_seed
 from ..train.learner import Callback, Learner, Method
 from ..train.loaders import Loaders, Shuffle
 
@@ -92,6 +92,7 @@ def plot_projection(
 ):
     "What is left of a gradient after some turns, and what P makes of the unit circle"
     import matplotlib.pyplot as plt
+    from mla_nb.plots import modality_color
 
     ax = ax or plt.subplots(figsize=(4.4, 4.2))[1]
     P, g = (
@@ -154,6 +155,7 @@ def plot_projection(
 def play_projection():
     "Knobs for two directions, a gradient, λ and the number of turns"
     from ipywidgets import FloatLogSlider
+    from mla_nb.widgets import play, slider
 
     angles = {"audio": 20.0, "visual": 100.0, "gradient": 65.0}
     lam = FloatLogSlider(

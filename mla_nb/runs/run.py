@@ -44,14 +44,7 @@ from ..evaluation import TemperatureScaled, temperatures
 from ..heads import make_net
 from ..methods.fusion import FixedWeights, make_rule
 from ..missing import FILLS, draw_item, rate_text, with_missing
-from mla_nb.tools import (
-    Locked,
-    locked,
-    modality_color,
-    read_json,
-    set_seed,
-    write_atomic,
-)
+from ..tools import Locked, locked, read_json, set_seed, write_atomic
 from mla_nb.train.checkpoints import (
     Saver,
     States,
@@ -926,6 +919,7 @@ def read_history(folder) -> list:
 def plot_losses(folder, ax=None):
     "Training loss per turn (solid) and validation loss per modality (dashed)"
     import matplotlib.pyplot as plt
+    from mla_nb.plots import modality_color
 
     ax, rows = ax or plt.subplots(figsize=(5, 2.6))[1], read_history(folder)
     epochs = [r["epoch"] + 1 for r in rows]
@@ -952,6 +946,7 @@ def plot_losses(folder, ax=None):
 def plot_weights(p: Pred, ax=None):
     "How the fusion rule weights the modalities: one histogram each"
     import matplotlib.pyplot as plt
+    from mla_nb.plots import modality_color
 
     ax = ax or plt.subplots(figsize=(5, 2.2))[1]
     if p.weights is None:
@@ -1006,6 +1001,7 @@ def show_samples(
 ):
     "Samples with what each modality and the fusion say about them"
     import matplotlib.pyplot as plt
+    from mla_nb.plots import modality_color
 
     if rows is None:
         right = p.fused.argmax(1) == p.y

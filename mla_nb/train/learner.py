@@ -33,7 +33,7 @@ from mla_nb.heads import (
     SumHead,
     make_net,
 )
-from ..tools import modality_color, set_rng_state, set_seed
+from ..tools import set_rng_state, set_seed
 from .loaders import Loaders, Shuffle
 
 # %% ../../nbs/07_learner.ipynb #69a3763e
@@ -544,6 +544,7 @@ def plot_learning(
 ):
     "The recurring plot: accuracy per modality, and gradient norm per encoder, over epochs"
     import matplotlib.pyplot as plt
+    from mla_nb.plots import modality_color
 
     if axs is None:
         axs = plt.subplots(1, 2, figsize=(8, 2.6))[1]
