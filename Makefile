@@ -61,7 +61,7 @@ TRAIN := $(if $(LR),-p lr $(LR)) $(if $(BATCH),-p batch_size $(BATCH))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help setup demo features prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test soak solutions browser site lab chapter export clean readme check-python lock benchmark results
+.PHONY: help setup lint format demo features prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test soak solutions browser site lab chapter export clean readme check-python lock benchmark results
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -106,7 +106,16 @@ $(MEDIA:%=prepare-%): prepare-%: $(READY)
 prepare-%: $(READY)
 	@$(BIN)/python -c "from mla_nb.core import *; discover(); raise SystemExit(str(unknown('dataset', '$*', datasets)) if '$*' not in datasets else '$* has no demo; see data_scripts/prepare_$*.py --help')"
 
-test: $(READY) ## every test, every chapter, README in step
+lint: $(READY) ## layout and lint of notebooks, package and tests; which wing may import which
+	$(BIN)/ruff format --check nbs tests tools benchmarks results data_scripts docs setup.py
+	$(BIN)/ruff check nbs mla_nb tests tools benchmarks results data_scripts docs setup.py
+	$(BIN)/lint-imports
+
+format: $(READY) ## lay everything out again: ruff format, sorted imports
+	$(BIN)/ruff check -q --select I --fix nbs tests tools benchmarks results data_scripts
+	$(BIN)/ruff format nbs tests tools benchmarks results data_scripts docs setup.py
+
+test: $(READY) lint ## lint, every test, every chapter, README in step
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 	ls nbs/[0-9]*.ipynb | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -I NB $(BIN)/nbdev_test --n_workers 0 --path NB      # each in a process of its own: chapters register what they define
 	$(BIN)/python tools/nbs.py readme --check

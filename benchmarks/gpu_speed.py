@@ -116,14 +116,14 @@ def ours(make, b, device, **how):
         [fast, StopOnNaN(), Recorder()],
     )
     learn.net.train()
-    for c in learn.cbs:
+    for c in learn.callbacks:
         c.before_fit(learn)
     learn.batch, learn.step = next(iter(learn.dls.train)), 0
 
     def step():
         learn.one_batch()
         learn.step += 1
-        learn.cbs[-1].loss.clear()
+        learn.callbacks[-1].loss.clear()
 
     return step, learn.net
 

@@ -27,7 +27,8 @@ from mla_nb.core import Batch
 from mla_nb.encoders.masked import M3AE, SIZES, of_size
 from mla_nb.heads import ConcatHead, make_net
 from mla_nb.methods.mla import mla
-from mla_nb.train.learner import Learner, Method, Recorder
+from mla_nb.methods.base import Method
+from mla_nb.train.learner import Learner, Recorder
 from mla_nb.train.loaders import Loaders, Shuffle, nbytes
 from mla_nb.train.watching import StopOnNaN
 
@@ -63,7 +64,7 @@ def learner(a, joint):
         [StopOnNaN(), Recorder()],
     )
     learn.batch, learn.step = b, 1
-    for c in learn.cbs:
+    for c in learn.callbacks:
         c.before_fit(learn)
     return learn
 

@@ -39,7 +39,7 @@ def stepper(name, s, batch):
     )
     learn.batch, learn.step, learn.epochs = batch, 0, 2
     learn.net.train()
-    for c in learn.cbs:
+    for c in learn.callbacks:
         c.before_fit(learn)
 
     def step():

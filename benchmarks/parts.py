@@ -101,11 +101,11 @@ def parts(B, size=224):
     )
     learn.net.train()
     learn.batch, learn.step = b, 1
-    for c in learn.cbs:
+    for c in learn.callbacks:
         c.before_fit(learn)
     state, jobs = {}, {}
     edit = method.grad_transforms[0]
-    guard, record = learn.cbs[0], learn.cbs[-1]
+    guard, record = learn.callbacks[0], learn.callbacks[-1]
 
     def forward(m):
         state[m] = learn.net.encoders[m](b.x[m])

@@ -23,7 +23,7 @@ from mla_nb.encoders.image import encode_image
 from mla_nb.heads import make_net
 from mla_nb.methods.mla import mla
 from mla_nb.predict import Predictor
-from mla_nb.train.learner import predict
+from mla_nb.methods.base import predict
 
 
 def predictor(family):

@@ -157,6 +157,7 @@ def plot_accuracies(
 ):  # a figure
     "Test accuracy per modality and fused, a panel per run; dashed: the best possible, where it is known"
     import matplotlib.pyplot as plt
+
     from mla_nb.plots import modality_color
 
     fig, axs = plt.subplots(
@@ -280,6 +281,7 @@ def browse_runs(
 ):  # a widget
     "Choose a run; see its options, curves, weights, confusion and samples, beside those of another run"
     import ipywidgets as w
+
     from mla_nb.widgets import play
 
     names = {
@@ -604,6 +606,7 @@ def compared(
 def plot_compared(data, group):
     "Test accuracy of each method, fused and per modality, with 95% intervals"
     import matplotlib.pyplot as plt
+
     from mla_nb.plots import modality_color
 
     mods = list(

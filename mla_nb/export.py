@@ -21,10 +21,10 @@ from torch import nn, tensor
 from .core import Batch, InputError
 from .data.synthetic import subsets
 from .heads import Head, Net
+from .methods.base import fuse, predict
 from .predict import Predictor
 from .predict_table import exporters
 from .tools import write_atomic
-from .train.learner import fuse, predict
 
 # %% ../nbs/41_export.ipynb #9fae9b4f
 def by_subset(

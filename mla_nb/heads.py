@@ -45,7 +45,7 @@ class ConcatHead(Head):
             list(self.widths).index(m)
         ]
 
-    def part(self, m: str, z) -> torch.Tensor:
+    def unimodal_logits(self, m: str, z) -> torch.Tensor:
         "What `m` contributes: its own term and an equal part of the bias, so that all parts add up to the joint logits"
         return F.linear(z, self.block(m), self.out.bias / len(self.widths))
 
@@ -59,10 +59,11 @@ class SumHead(Head):
 
     def forward(self, z):
         return sum(
-            self.part(m, z[m]) if m in z else self.out[m].bias for m in self.widths
+            self.unimodal_logits(m, z[m]) if m in z else self.out[m].bias
+            for m in self.widths
         )
 
-    def part(self, m: str, z) -> torch.Tensor:
+    def unimodal_logits(self, m: str, z) -> torch.Tensor:
         "What `m` contributes; all parts add up to the joint logits"
         return self.out[m](z)
 
@@ -194,14 +195,16 @@ class Net(nn.Module):
             }
         )
 
-    def single(self, m: str, k: int) -> bool:
-        return k == 1  # is this all there is of `m`? (several processes count together)
+    def no_statistics(self, m: str, k: int) -> bool:
+        "Has batch norm `k` rows too few? Synchronized, it looks at those of other processes"
+        norms = self.encoders[m].modules() if k == 1 else ()
+        return k == 1 and not any(isinstance(l, nn.SyncBatchNorm) for l in norms)
 
     def encode(self, m: str, x, rows, n: int):
         "(n,D) features of modality `m`, made from its present rows (None: all)"
         enc, alone = (
             self.encoders[m],
-            self.training and self.single(m, n if rows is None else len(rows)),
+            self.training and self.no_statistics(m, n if rows is None else len(rows)),
         )
         if alone:
             enc.eval()  # one row has no batch statistics

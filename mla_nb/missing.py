@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from .core import Batch, InputError, Modality, Splits, collate, unknown
 from .heads import Net
-from .train.learner import Method, Pred, predict, predictions
+from .methods.base import Method, Pred, predict, predictions
 
 # %% ../nbs/15_missing.ipynb #d3b8c77b
 def as_rate(
@@ -479,6 +479,7 @@ def plot_sample(
 ):
     "A sample as a person meets it, and what a net makes of it; bars that are wrong are pale"
     import matplotlib.pyplot as plt
+
     from mla_nb.plots import modality_color
 
     n = len(s.modalities) + (p is not None)
@@ -515,6 +516,7 @@ def browse_samples(
 ):  # a widget
     "Look at samples, listen to them, read them; hide a modality and see what the net says then"
     import ipywidgets as w
+
     from mla_nb.widgets import play, slider
 
     if split not in s.parts:

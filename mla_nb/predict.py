@@ -27,11 +27,11 @@ from mla_nb.core import (
 from .encoders.audio import load_wave
 from .encoders.image import decode_image
 from .heads import Net
+from .methods.base import Method, Pred, predict
 from .methods.fusion import entropy
 from .missing import draw_item
 from .runs.run import load_run
 from .tools import read_json, sha256, write_atomic
-from .train.learner import Method, Pred, predict
 
 # %% ../nbs/39_predict.ipynb #bbbefdbb
 def as_pixels(
@@ -585,6 +585,7 @@ def plot_answer(
 ):  # matplotlib's figure
     "Inputs, opinions, doubts, weights, and what follows from them"
     import matplotlib.pyplot as plt
+
     from mla_nb.plots import modality_color
 
     a, mods = a[0], a.pred.mods

@@ -18,7 +18,7 @@ from mla_nb.evaluation import TemperatureScaled
 from mla_nb.methods.fusion import make_rule, released_gate
 from mla_nb.runs.run import read_history
 from mla_nb.train.checkpoints import load_pred
-from mla_nb.train.learner import fuse
+from mla_nb.methods.base import fuse
 
 HERE, ROOT = Path(__file__).parent, "runs/study"
 DATA = {

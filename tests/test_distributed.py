@@ -27,8 +27,9 @@ from mla_nb.core import (
     methods,
 )
 from mla_nb.heads import make_net
+from mla_nb.methods.base import Callback
 from mla_nb.tools import set_seed
-from mla_nb.train.learner import Callback, Learner, Recorder
+from mla_nb.train.learner import Learner, Recorder
 from mla_nb.train.loaders import Loaders, ShardShuffle, Shuffle, loaders
 from mla_nb.train.runtime import (
     Accelerate,
@@ -116,7 +117,15 @@ DRAWN = ["ogm_ge", "ensemble"]  # what is drawn is the same for all processes
 
 
 def trained(
-    name, data, cbs=(), pieces=0, options=None, epochs=2, dls=None, lr=0.05, norm=False
+    name,
+    data,
+    callbacks=(),
+    pieces=0,
+    options=None,
+    epochs=2,
+    dls=None,
+    lr=0.05,
+    norm=False,
 ):
     method = methods[name.split()[0]](
         **(METHODS.get(name, {}) if options is None else options)
@@ -436,7 +445,7 @@ def test_pieces_step_once_per_turn_and_bound_what_is_encoded_at_once():
     seen, steps = [], []
 
     class Spy(Callback):
-        def after_step(self, learn):
+        def after_step(self, learn, turn):
             steps.append(list(learn.turn.x))
 
     learn = trained("mla", DATA["all"](), [Spy()], pieces=5, epochs=0)

@@ -31,6 +31,7 @@ from mla_nb.core import InputError, Modality, discover, rules
 from mla_nb.data.media import read_split
 from mla_nb.data.own import own_classes, own_splits, read_table
 from mla_nb.data.prepared import load_prepared, prepare
+from mla_nb.methods.base import Callback, valid_mask
 from mla_nb.methods.fusion import fuse, make_rule
 from mla_nb.reliability import doctor, flip, free_disk, run_checks, versions
 from mla_nb.reliability import main as doctor_main
@@ -55,7 +56,7 @@ from mla_nb.train.checkpoints import (
     load_pred,
     read_state,
 )
-from mla_nb.train.learner import Callback, Diverged, valid_mask
+from mla_nb.train.learner import Diverged
 from mla_nb.train.watching import StopOnNaN
 
 TINY = {
@@ -601,7 +602,7 @@ def test_a_state_that_is_not_finite_replaces_nothing(whole, half):
         def after_batch(self, learn):
             with torch.no_grad():
                 next(learn.net.parameters()).fill_(math.nan)
-            learn.cbs[0].k = 0
+            learn.callbacks[0].k = 0
             os.kill(os.getpid(), signal.SIGTERM)
 
     with also(Poison()), pytest.raises(Diverged, match="the weights are not finite"):
@@ -1103,11 +1104,11 @@ class Bad(Callback):
     def __init__(self, what):
         self.what = what
 
-    def after_backward(self, learn):
+    def after_backward(self, learn, turn):
         if (learn.epoch, learn.step) != (1, 3):
             return
         if self.what == "loss":
-            learn.loss = learn.loss * math.inf
+            turn.losses = {k: v * math.inf for k, v in turn.losses.items()}
         else:
             next(p for p in learn.net.parameters() if p.grad is not None).grad[0] = (
                 math.inf

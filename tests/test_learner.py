@@ -1,41 +1,40 @@
 """What training promises: idle encoders, missing modalities, order, budgets, shapes of what comes out."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mla_nb.core import Batch, Samples, collate, discover, methods
 from mla_nb.heads import SeparateHead, SharedHead, make_net
-from mla_nb.methods.ensemble import alternating, ensemble
-from mla_nb.methods.mla import mla
-from mla_nb.train.learner import (
+from mla_nb.methods.base import (
     Callback,
-    Learner,
+    GradTransform,
     Method,
-    Recorder,
-    Schedule,
     concat,
     predict,
     predictions,
     scores,
 )
-from mla_nb.train.loaders import Loaders, Shuffle, loaders
-from mla_nb.train.runtime import Accelerate
+from mla_nb.methods.ensemble import alternating, ensemble
+from mla_nb.methods.mla import mla
+from mla_nb.train.learner import Learner, Loaders, Recorder, Schedule, Shuffle
+from mla_nb.train.loaders import loaders
+from mla_nb.train.runtime import Runtime
 from mla_nb.train.watching import Progress
 
 discover()
 MODS = ("audio", "video", "text")
 
 
-def encs(mods=MODS, width=8, widths=None):
+def encs(mods=MODS, width=8, widths=None, norm=True):
     torch.manual_seed(0)
     out = {
         m: nn.Sequential(
             nn.Linear(5, (widths or {}).get(m, width)),
-            nn.BatchNorm1d((widths or {}).get(m, width)),
+            *([nn.BatchNorm1d((widths or {}).get(m, width))] if norm else []),
             nn.ReLU(),
         )
         for m in mods
@@ -76,17 +75,17 @@ def test_idle_encoders_are_bit_identical_even_with_momentum_and_weight_decay(mak
         def __init__(self):
             self.n = 0
 
-        def after_backward(self, learn):
+        def after_backward(self, learn, turn):
             self.idle = {
                 m: snapshot(e)
                 for m, e in learn.net.encoders.items()
-                if m not in learn.turn.x
+                if m not in turn.modalities
             }
 
-        def after_step(self, learn):
+        def after_step(self, learn, turn):
             for m, was in self.idle.items():
                 for k, v in learn.net.encoders[m].state_dict().items():
-                    assert v.equal(was[k]), f"{m}.{k} moved in {list(learn.turn.x)}"
+                    assert v.equal(was[k]), f"{m}.{k} moved in {turn.modalities}"
             self.n += len(self.idle)
 
     check = Check()
@@ -94,7 +93,7 @@ def test_idle_encoders_are_bit_identical_even_with_momentum_and_weight_decay(mak
         make(),
         [batch(seed=k) for k in range(4)],
         opt_func=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
-        cbs=[check],
+        callbacks=[check],
     ).fit(3)
     assert check.n == 3 * 4 * 3 * 2
 
@@ -150,7 +149,7 @@ def test_any_number_of_modalities(n):
         make_net(SharedHead, encs(mods), 3),
         Loaders([batch(mods=mods)], [batch(mods=mods)], [], Shuffle(1)),
         mla(),
-        cbs=[Recorder()],
+        callbacks=[Recorder()],
     ).fit(2)
     assert set(learn.history[-1]["valid"]["accuracy"]) == {*mods, "fused"} and set(
         learn.history[-1]["train"]["loss"]
@@ -208,6 +207,7 @@ def test_hooks_are_called_in_order_and_after_fit_also_after_an_error():
             v = object.__getattribute__(self, k)
             if k in {
                 "before_fit",
+                "before_epoch",
                 "after_backward",
                 "after_step",
                 "after_batch",
@@ -217,10 +217,11 @@ def test_hooks_are_called_in_order_and_after_fit_also_after_an_error():
                 calls.append((self.name, k))
             return v
 
-    learner(concat(), [batch()], cbs=[Spy("late", 5), Spy("early", -5)]).fit(1)
+    learner(concat(), [batch()], callbacks=[Spy("late", 5), Spy("early", -5)]).fit(1)
     hooks = [k for n, k in calls if n == "early"]
     assert hooks == [
         "before_fit",
+        "before_epoch",
         "after_backward",
         "after_step",
         "after_batch",
@@ -230,26 +231,26 @@ def test_hooks_are_called_in_order_and_after_fit_also_after_an_error():
     assert [n for n, _ in calls[:2]] == ["early", "late"]
 
     class Boom(Callback):
-        def after_step(self, learn):
+        def after_step(self, learn, turn):
             raise RuntimeError("boom")
 
     calls.clear()
     with pytest.raises(RuntimeError, match="boom"):
-        learner(concat(), [batch()], cbs=[Spy("x", 9), Boom()]).fit(1)
+        learner(concat(), [batch()], callbacks=[Spy("x", 9), Boom()]).fit(1)
     assert calls[-1] == ("x", "after_fit")
 
 
 def test_progress_bar_counts_every_batch(capsys):
     bs = [batch(seed=k) for k in range(3)]
-    learner(concat(), bs, cbs=[Recorder(), Progress("x")]).fit(2)
+    learner(concat(), bs, callbacks=[Recorder(), Progress("x")]).fit(2)
     err = capsys.readouterr().err
     assert "6/6" in err and "fused=" in err
 
 
 def test_schedule_resumes_at_the_right_rate():
-    learn = learner(concat(), [batch()], cbs=[Schedule("cosine"), Recorder()])
+    learn = learner(concat(), [batch()], callbacks=[Schedule("cosine"), Recorder()])
     rates = [r["lr"] for r in learn.fit(6).history]
-    again = learner(concat(), [batch()], cbs=[Schedule("cosine"), Recorder()])
+    again = learner(concat(), [batch()], callbacks=[Schedule("cosine"), Recorder()])
     again.epoch = 3
     assert [r["lr"] for r in again.fit(6).history] == rates[3:]
 
@@ -267,23 +268,67 @@ def test_equal_budgets(tmp_path):
     assert sum(len(b) for b in loaders(sp, {"audio": stack}, 10).train) == 33
 
 
-def test_accelerate_on_cpu_changes_nothing_with_edits():
+def test_runtime_on_cpu_changes_nothing_with_grad_transforms():
     plain, acc = (
-        learner(mla(), [batch(seed=k) for k in range(4)], cbs=c).fit(1)
-        for c in ([], [NoLoader("cpu")])
+        learner(mla(), [batch(seed=k) for k in range(4)], runtime=r).fit(1)
+        for r in (None, Runtime("cpu"))
     )
     for a, b in zip(plain.net.state_dict().values(), acc.net.state_dict().values()):
         assert a.equal(b)
 
 
-class NoLoader(Accelerate):
-    "Accelerate for lists of batches: the loader is left as it is"
+def each_loss(turn):
+    "The loss of every modality by name, and that of the joint answer"
+    logits = {m: turn.net.head({m: z}) for m, z in turn.features.items()}
+    logits["fused"] = turn.net.combine(turn.features, turn.batch)
+    return {m: F.cross_entropy(l, turn.batch.y) for m, l in logits.items()}
 
-    def before_fit(self, learn):
-        keep = learn.dls
-        learn.dls = replace(keep, train=torch.utils.data.DataLoader(range(1)))
-        super().before_fit(learn)
-        learn.dls = keep
+
+class EachGradient(GradTransform):
+    "Keeps the gradients of the named losses, and what is in `.grad` then"
+
+    per_loss = True
+
+    def after_backward(self, learn, turn):
+        self.each = turn.gradients
+        self.total = {p: p.grad.clone() for p in learn.net.parameters()}
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_the_gradient_of_each_named_loss_and_their_sum(rows):
+    transform, b = EachGradient(), batch()
+    method = Method(SeparateHead, loss=each_loss, grad_transforms=[transform])
+    net = make_net(SeparateHead, encs(norm=False), 3)
+    learn = learner(method, [b], net, runtime=Runtime("cpu", micro_batch_size=rows))
+    weights = list(learn.net.parameters())
+    alone = {
+        m: F.cross_entropy(net.head({m: net.encoders[m](b.x[m])}), b.y) for m in b.x
+    }
+    found = {
+        m: torch.autograd.grad(l, weights, allow_unused=True) for m, l in alone.items()
+    }
+    learn.fit(1)
+    assert list(transform.each) == [*MODS, "fused"]
+    for m, grads in found.items():
+        for p, g in zip(weights, grads):
+            kept = transform.each[m].get(p)
+            assert (g is None) == (kept is None)
+            assert g is None or torch.allclose(g, kept, atol=1e-6)
+    for p, total in transform.total.items():
+        parts = [g[p] for g in transform.each.values() if p in g]
+        assert torch.allclose(total, sum(parts), atol=1e-7)
+
+
+def test_named_losses_are_trained_on_their_sum():
+    def total(turn):
+        return sum(each_loss(turn).values())
+
+    a, b = (
+        learner(Method(SeparateHead, loss=l), [batch(seed=k) for k in range(3)]).fit(2)
+        for l in (each_loss, total)
+    )
+    for p, q in zip(a.net.parameters(), b.net.parameters()):
+        assert torch.allclose(p, q, atol=1e-6)
 
 
 def test_a_single_row_trains_with_batch_norm():

@@ -25,6 +25,7 @@ from mla_nb.core import (
 )
 from mla_nb.data.synthetic import synthetic
 from mla_nb.heads import SharedHead, make_net
+from mla_nb.methods.base import Method, joint_turn, predictions, scores
 from mla_nb.methods.mla import mla
 from mla_nb.methods.projection import GradProjection
 from mla_nb.methods.qmf import QMFLoss
@@ -41,14 +42,7 @@ from mla_nb.missing import (
 )
 from mla_nb.runs.run import Run, load_run, main, make_dataset, run
 from mla_nb.tools import read_json, set_seed
-from mla_nb.train.learner import (
-    Learner,
-    Method,
-    Schedule,
-    joint_turn,
-    predictions,
-    scores,
-)
+from mla_nb.train.learner import Learner, Schedule
 from mla_nb.train.loaders import Shuffle, loaders
 from mla_nb.train.watching import StopOnNaN
 
@@ -378,7 +372,7 @@ def test_every_method_trains_at_half_and_never_reads_what_is_absent(
                 else:
                     b.x[m][gone] = float("nan")
                 assert gone.any()
-        learn = Learner(net, dls, method, cbs=[Schedule(), StopOnNaN()]).fit(2)
+        learn = Learner(net, dls, method, callbacks=[Schedule(), StopOnNaN()]).fit(2)
         learn.validate()
         nets.append(net.state_dict())
         preds.append(predictions(net, learn.method, dls.test))
@@ -420,9 +414,10 @@ def test_projection_remembers_the_mean_of_those_who_are_there():
         means = []
 
         class Spy(GradProjection):
-            def update(self, learn):
+            def update(self, turn):
+                features = turn.features.items()
                 rows = (
-                    torch.cat([z[learn.turn.present[m]] for m, z in learn.z.items()])
+                    torch.cat([z[turn.batch.present[m]] for m, z in features])
                     .detach()
                     .mean(0)
                 )
@@ -433,7 +428,7 @@ def test_projection_remembers_the_mean_of_those_who_are_there():
                         P,
                     )[1],
                 ):
-                    super().update(learn)
+                    super().update(turn)
 
         learner(
             replace(method, grad_transforms=[Spy()]),
@@ -496,7 +491,8 @@ def test_a_sweep_is_what_the_hidden_split_would_give(tiny):
             p.fused, swept[r].fused, atol=1e-6
         )
     b = collate(
-        [tiny.test[i] for i in (5, 2)], {m: e.preprocessor for m, e in net.encoders.items()}
+        [tiny.test[i] for i in (5, 2)],
+        {m: e.preprocessor for m, e in net.encoders.items()},
     )
     assert (
         hide(b, dict.fromkeys(MODS, torch.arange(64) == 2)).present["audio"].tolist()
@@ -543,7 +539,9 @@ def test_a_run_with_missing_modalities_by_any_door(tmp_path, monkeypatch):
     s = make_dataset(Run(**about["run"]))
     assert about["dataset"]["missing"] == s.info["missing"]
     again = predictions(
-        net, method, loaders(s, {m: e.preprocessor for m, e in net.encoders.items()}).test
+        net,
+        method,
+        loaders(s, {m: e.preprocessor for m, e in net.encoders.items()}).test,
     )
     assert scores(again)["accuracy"] == pytest.approx(a["test"]["accuracy"])
     assert run(cfg, root=tmp_path / "a") == a  # done, and not done again

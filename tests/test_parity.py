@@ -32,6 +32,7 @@ from mla_nb.heads import (
     SumHead,
     make_net,
 )
+from mla_nb.methods.base import Callback, Method, Turn, fuse
 from mla_nb.methods.ensemble import alternating
 from mla_nb.methods.fusion import FixedWeights, entropy, entropy_rule, released_gate
 from mla_nb.methods.ogm import OGM, modulation_coefficients, true_class
@@ -45,7 +46,7 @@ from mla_nb.released import (
     load_released,
     released_shapes,
 )
-from mla_nb.train.learner import Callback, Learner, Method, fuse
+from mla_nb.train.learner import Learner
 from mla_nb.train.loaders import Loaders, Shuffle
 
 FIXTURES = Path(os.environ.get("MLA_FIXTURES", ROOT.parent / "shared/fixtures"))
@@ -136,17 +137,15 @@ def projected(z, kw):
             z.t("grad_in")[i].clone(),
             z.t("grad_bias")[i].clone(),
         )
-        turn = SimpleNamespace(rows=lambda m: None)  # everybody is there
-        edit.after_backward(
-            SimpleNamespace(
-                net=SimpleNamespace(head=head),
-                z={"m": z.t(f"x{i}")},
-                turn=turn,
-                step=int(z["batch_index"][i]),
-                dls=SimpleNamespace(train=range(int(z["len_dataloader"]))),
-                mean=lambda z: z.mean(0),
-            )
+        batch = SimpleNamespace(rows=lambda m: None)  # every row is present
+        turn = Turn(
+            batch,
+            SimpleNamespace(head=head),
+            step=int(z["batch_index"][i]),
+            steps=int(z["len_dataloader"]),
+            features={"m": z.t(f"x{i}")},
         )
+        edit.after_backward(None, turn)
         yield edit.P, head.out.weight.grad, head.out.bias.grad
 
 
@@ -297,24 +296,23 @@ def ogm_case(z, M, case):
     here = torch.ones(len(y), dtype=torch.bool)
     batch = Batch(x, y, dict.fromkeys(mods, here), torch.arange(len(y)))
     learn = Learner(net, Loaders([batch], [], [], Shuffle(len(y))), Method(ConcatHead))
-    learn.turn, learn.epochs = batch, 2
-    learn.z = net.features(batch)
-    learn.loss = learn.method.loss(learn)
-    learn.loss.backward()
-    return learn, pre
+    learn.epochs, learn.step = 2, 0
+    turn = learn.make_turn(batch)
+    learn.runtime.backward(learn, turn)
+    return learn, turn, pre
 
 
 @pytest.mark.parametrize("case", range(4))
 @pytest.mark.parametrize("M", [2, 3])
 def test_d_ogm(M, case, monkeypatch):
     z = load("d")
-    learn, pre = ogm_case(z, M, case)
-    head, y, alpha = learn.net.head, learn.turn.y, float(z["alpha"])
-    parts = {m: head.part(m, v) for m, v in learn.z.items()}
-    close(learn.net(learn.turn).detach(), z[f"{pre}out_joint"])
+    learn, turn, pre = ogm_case(z, M, case)
+    head, y, alpha = learn.net.head, turn.batch.y, float(z["alpha"])
+    parts = {m: head.unimodal_logits(m, v) for m, v in turn.features.items()}
+    close(learn.net(turn.batch).detach(), z[f"{pre}out_joint"])
     close(
         [
-            learn.loss.item(),
+            turn.loss.item(),
             *(nn.functional.cross_entropy(l, y).item() for l in parts.values()),
         ],
         z[f"{pre}loss"],
@@ -334,7 +332,7 @@ def test_d_ogm(M, case, monkeypatch):
     raw = {m: e.gain.grad.clone() for m, e in learn.net.encoders.items()}
     edit = OGM(alpha, form="released")
     edit.before_fit(learn)
-    edit.after_backward(learn)
+    edit.after_backward(learn, turn)
     for m, e in learn.net.encoders.items():
         close(raw[m], z[f"{pre}grad4d_raw_{m}"])
         close(e.gain.grad, z[f"{pre}grad4d_OGM_{m}"])
@@ -344,7 +342,7 @@ def test_d_ogm(M, case, monkeypatch):
     )  # noise of exactly one standard deviation
     noisy = OGM(alpha, noise=True, form="released")
     noisy.before_fit(learn)
-    noisy.after_backward(learn)
+    noisy.after_backward(learn, turn)
     for m, e in learn.net.encoders.items():
         close(
             e.gain.grad - z.t(f"{pre}grad4d_OGM_{m}") - 1e-8,
@@ -372,21 +370,15 @@ def test_e_qmf(branch):
             encoders=dict.fromkeys(mods), head=lambda one: next(iter(one.values()))
         ),
         dls=SimpleNamespace(sampler=Shuffle(n)),
-        everyone=lambda logits: (logits, learn.turn),
     )
     loss.before_fit(learn)
     for i in range(calls):
-        learn.epoch = i * B // n
         idx = z.t(f"{branch}_idx")[i].long()
         logits = z.t(f"{branch}_logits")[i].clone().requires_grad_()
-        learn.z = dict(zip(mods, logits))
-        learn.turn = Batch(
-            learn.z,
-            labels[idx],
-            dict.fromkeys(mods, torch.ones(B, dtype=torch.bool)),
-            idx,
-        )
-        total = loss(learn)
+        features = dict(zip(mods, logits))
+        here = dict.fromkeys(mods, torch.ones(B, dtype=torch.bool))
+        batch = Batch(features, labels[idx], here, idx)
+        total = loss(Turn(batch, learn.net, epoch=i * B // n, features=features))
         ces, ranks = kept["terms"][-1]
         conf = confidence(logits.detach())
         fused = (conf[..., None] * logits.detach()).sum(0)
@@ -839,7 +831,7 @@ def test_i_filter_bank_of_a_mixture():
 class DropAfterBatch(Callback):
     "The state of PyTorch before 2.0: gradients are zeroed between turns, and dropped after a batch"
 
-    def after_step(self, learn):
+    def after_step(self, learn, turn):
         learn.opt.zero_grad = lambda: torch.optim.SGD.zero_grad(
             learn.opt, set_to_none=False
         )
@@ -861,8 +853,8 @@ class Watch(Callback):
             [],
         )
 
-    def after_step(self, learn):
-        self.losses[-1][next(iter(learn.turn.x))].append(learn.loss.item())
+    def after_step(self, learn, turn):
+        self.losses[-1][turn.modalities[0]].append(turn.loss.item())
         self.norms.append(
             torch.cat([p.detach().flatten() for p in learn.net.parameters()])
             .norm()

@@ -472,7 +472,8 @@ def test_a_damaged_copy_is_one_sentence(p, here, damage, said):
 
 
 @pytest.mark.parametrize(
-    "name, key", [("config", "classes"), ("result", "weights"), ("preprocessors", "text")]
+    "name, key",
+    [("config", "classes"), ("result", "weights"), ("preprocessors", "text")],
 )
 def test_a_run_folder_with_gaps_is_one_sentence(moods, here, name, key):
     shutil.copytree(moods[0], "r")

@@ -10,6 +10,7 @@ import torch
 from mla_nb.core import Batch, InputError
 from mla_nb.encoders.masked import CAVMAE, M3AE
 from mla_nb.heads import ConcatHead, SeparateHead, SharedHead, SumHead
+from mla_nb.methods.base import predict
 from mla_nb.released import (
     HEADS,
     LIKELY,
@@ -21,7 +22,6 @@ from mla_nb.released import (
     which_head,
     which_model,
 )
-from mla_nb.train.learner import predict
 
 SMALL = {"m3ae": m3ae_shapes(64, 2, 50), "cavmae": cavmae_shapes(64, 2, 1, 64, 32)}
 INPUTS = {

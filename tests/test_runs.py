@@ -427,7 +427,14 @@ def test_a_failed_run_removes_only_its_own_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "result.json", "preprocessors.json", "last.pt", "model.safetensors"]
+    "name",
+    [
+        "config.json",
+        "result.json",
+        "preprocessors.json",
+        "last.pt",
+        "model.safetensors",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*is damaged")
 def test_damaged_files_of_a_run(tmp_path, name):

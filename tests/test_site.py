@@ -67,12 +67,12 @@ def test_pages_show_what_a_reader_needs(site):
     assert (
         "copybutton" in chapter and 'src="http' not in chapter
     )  # nothing from elsewhere
-    page = (site / "api/fusion.html").read_text()
+    page = (site / "api/methods.fusion.html").read_text()
     assert "entropy_rule" in page and "(M,B) bool" in page
 
 
 def test_badges_wait_for_a_repository(tool, monkeypatch):
-    path = tool.chapters()["11"]
+    path = tool.chapters()["10"]
     assert tool.badges(path) == ""  # settings.ini names none yet
     monkeypatch.setattr(
         tool,
@@ -95,7 +95,7 @@ def test_publish_puts_badges_and_an_install_cell_into_every_chapter(tmp_path):
         (shutil.copytree if (ROOT / n).is_dir() else shutil.copy)(
             ROOT / n, tmp_path / n
         )
-    for n in ("11_fusion", "data/20_digits"):
+    for n in ("10_fusion", "26_digits"):
         (tmp_path / f"nbs/{n}").parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / f"nbs/{n}.ipynb", tmp_path / f"nbs/{n}.ipynb")
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mla_nb.core import Batch, InputError, discover, methods
 from mla_nb.encoders.image import Pixels
 from mla_nb.heads import make_net
+from mla_nb.methods.base import predictions
 from mla_nb.methods.mla import mla
 from mla_nb.methods.projection import (
     GradProjection,
@@ -26,9 +27,9 @@ from mla_nb.methods.projection import (
 )
 from mla_nb.runs.run import Run, build, fused_sgd, make_dataset, make_opt, run
 from mla_nb.tools import set_seed
-from mla_nb.train.learner import Learner, Recorder, predictions
+from mla_nb.train.learner import Learner, Recorder
 from mla_nb.train.loaders import Loaders, Shuffle
-from mla_nb.train.runtime import Accelerate, Augment, compile_encoders, tensors
+from mla_nb.train.runtime import Runtime, compile_encoders, tensors
 
 MODS, TINY = (
     ("audio", "visual"),
@@ -89,7 +90,9 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("missing", [0.0, 0.5])
 @pytest.mark.parametrize("name", sorted(set(methods) - {"unimodal"}))
 def test_a_step_never_waits(name, missing):
-    learn = learner(methods[name](), [batch(missing=missing)] * 3, cbs=[Recorder(1)])
+    learn = learner(
+        methods[name](), [batch(missing=missing)] * 3, callbacks=[Recorder(1)]
+    )
     learn.fit(1)  # everything exists
     learn.epochs, learn.step = 2, 1
     with NoWaiting():
@@ -100,12 +103,12 @@ def test_a_step_never_waits(name, missing):
 def test_the_check_can_fail():
     learn = learner(methods["concat"](), [batch()])
     learn.epochs, learn.step, learn.batch = 1, 0, batch()
-    learn.cbs.append(
+    learn.callbacks.append(
         type(
             "Reads",
             (Recorder,),
             {
-                "after_step": lambda self, learn: learn.loss.item(),
+                "after_step": lambda self, learn, turn: turn.loss.item(),
                 "after_backward": lambda *_: None,
             },
         )()
@@ -245,7 +248,7 @@ def test_channels_last_changes_the_layout_and_nothing_else():
     s = make_dataset(cfg)
     a, b = (build(replace(cfg, channels_last=c), s) for c in (False, True))
     for l in (a, b):
-        l.cbs = [c for c in l.cbs if isinstance(c, (Accelerate, Recorder))]
+        l.callbacks = [c for c in l.callbacks if isinstance(c, Recorder)]
         l.fit(1)
     assert all(
         p.is_contiguous(memory_format=torch.channels_last)
@@ -315,9 +318,7 @@ def pictures(**kw):
     s = make_dataset(cfg)
     learn = build(cfg, s)
     learn.epochs, learn.epoch = 1, 0
-    for c in learn.cbs:
-        if isinstance(c, (Accelerate, Augment)):
-            c.before_fit(learn)
+    learn.runtime.prepare(learn)
     return learn
 
 
@@ -377,9 +378,9 @@ def test_the_callers_chance_is_left_alone():
 
 def test_what_cannot_be_varied():
     with pytest.raises(InputError, match="did you mean 'flip'"):
-        Augment("flop")
+        Runtime(augment="flop")
     with pytest.raises(InputError, match="only pictures can be varied"):
-        learner(mla(), [batch()], cbs=[Augment("flip")]).fit(1)
+        learner(mla(), [batch()], runtime=Runtime("cpu", augment="flip")).fit(1)
 
 
 def test_a_run_with_everything_on(tmp_path):

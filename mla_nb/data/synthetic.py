@@ -392,6 +392,7 @@ def plot_knobs(
 ):
     "What each modality says, and the best possible accuracy of every subset"
     import matplotlib.pyplot as plt
+
     from mla_nb.plots import modality_color
 
     if axs is None:

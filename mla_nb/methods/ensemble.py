@@ -12,7 +12,7 @@ import torch
 
 from ..core import Batch, InputError, methods, unknown
 from ..heads import SeparateHead
-from ..train.learner import Method, turn_of, valid_mask
+from .base import Method, turn_of, valid_mask
 
 # %% ../../nbs/08_alternating.ipynb #7bbee255
 def alternating(

@@ -13,8 +13,8 @@ import torch
 from torch import tensor
 
 from ..core import InputError, rules, unknown
+from .base import Pred, fuse, valid_mask
 from .ensemble import mean_rule
-from ..train.learner import Pred, fuse, valid_mask
 
 # %% ../../nbs/10_fusion.ipynb #1fe50f8f
 #| export
@@ -236,6 +236,7 @@ def plot_fusion(
 ):
     "The answers about one sample and how unsure each is (left); what four rules make of them (right)"
     import matplotlib.pyplot as plt
+
     from mla_nb.plots import modality_color
 
     if axs is None:
@@ -281,6 +282,7 @@ def play_fusion(
 ):  # a widget
     "A knob for every logit, and a box for every modality that may be absent"
     from ipywidgets import Checkbox
+
     from mla_nb.widgets import play, slider
 
     if len(mods) not in PUBLISHED:

@@ -10,7 +10,7 @@ import torch
 
 from ..core import InputError, methods, select_rows, unknown
 from ..heads import ConcatHead
-from ..train.learner import Callback, Method
+from .base import GradTransform, Method
 
 # %% ../../nbs/13_modulation.ipynb #ae282252
 def true_class(
@@ -45,7 +45,7 @@ def modulation_coefficients(
     return dict(zip(score, torch.where(held, 1 - (alpha * ratio).tanh(), 1.0)))
 
 # %% ../../nbs/13_modulation.ipynb #6199458d
-class OGM(Callback):
+class OGM(GradTransform):
     "On-the-fly gradient modulation; with `noise`, generalization enhancement (OGM-GE, arXiv 2203.15332)"
 
     def __init__(
@@ -72,42 +72,36 @@ class OGM(Callback):
         )
 
     def before_fit(self, learn):
-        if not hasattr(learn.net.head, "part"):
+        "The head must say what each modality contributes"
+        if not hasattr(learn.net.head, "unimodal_logits"):
             raise InputError(
                 f"OGM compares the parts of a joint head; {type(learn.net.head).__name__} has none. Use a ConcatHead or a SumHead."
             )
         self.last = (learn.epochs + 1) // 2 if self.end is None else self.end
 
     @torch.no_grad()
-    def scores(self, learn):
-        "Of the modalities that this turn has, over the rows that have them; the same on every process"
-        head, t, here = (
-            learn.net.head,
-            learn.turn,
-            {m: learn.turn.rows(m) for m in learn.z},
-        )
-        own = {
-            m: _per_row(
-                head.part(m, z if r is None else select_rows(z, r)),
-                t.y if r is None else select_rows(t.y, r),
-            )
-            for (m, z), r in zip(learn.z.items(), here.values())
-        }
-        return {m: learn.mean(p) for m, p in own.items()}
+    def scores(self, turn) -> dict:
+        "Of the modalities of a turn, over the rows that have them; the same on every process"
+        found, y = {}, turn.batch.y
+        for m, z in turn.features.items():
+            r = turn.batch.rows(m)
+            z, truth = (z, y) if r is None else (select_rows(z, r), select_rows(y, r))
+            found[m] = turn.mean(_per_row(turn.net.head.unimodal_logits(m, z), truth))
+        return found
 
     @torch.no_grad()
-    def after_backward(self, learn):
-        if len(learn.z) < 2 or not self.start <= learn.epoch < self.last:
+    def after_backward(self, learn, turn):
+        "Scale down the gradient of every encoder that is ahead"
+        if len(turn.features) < 2 or not self.start <= learn.epoch < self.last:
             return
-        for m, k in modulation_coefficients(
-            self.scores(learn), self.alpha, self.form
-        ).items():
-            for g in [
-                p.grad for p in learn.net.encoders[m].parameters() if p.grad is not None
-            ]:
-                self.edit(g, k)
+        found = modulation_coefficients(self.scores(turn), self.alpha, self.form)
+        for m, k in found.items():
+            for p in turn.net.encoders[m].parameters():
+                if p.grad is not None:
+                    self.scale(p.grad, k)
 
-    def edit(self, grad, k):
+    def scale(self, grad, k):
+        "Multiply a gradient by `k`, and add noise as large as its raw spread"
         spread = grad.std() + 1e-8 if self.noise and grad.numel() > 1 else None
         grad.mul_(k.to(grad.dtype))
         if spread is not None:

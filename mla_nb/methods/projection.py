@@ -11,12 +11,12 @@ from collections.abc import Callable
 
 import torch
 from torch import nn, tensor
+from torch.nn.utils import parameters_to_vector
 
 from ..core import Batch, InputError, select_rows, unknown, validate_option
 from ..heads import SharedHead, make_net
+from .base import GradTransform, Turn, ce_loss
 from ..tools import set_seed
-from ..train.learner import Callback, Learner, Method
-from ..train.loaders import Loaders, Shuffle
 
 # %% ../../nbs/09_projection.ipynb #f510eb7b
 def update_projection(
@@ -92,6 +92,7 @@ def plot_projection(
 ):
     "What is left of a gradient after some turns, and what P makes of the unit circle"
     import matplotlib.pyplot as plt
+
     from mla_nb.plots import modality_color
 
     ax = ax or plt.subplots(figsize=(4.4, 4.2))[1]
@@ -155,6 +156,7 @@ def plot_projection(
 def play_projection():
     "Knobs for two directions, a gradient, λ and the number of turns"
     from ipywidgets import FloatLogSlider
+
     from mla_nb.widgets import play, slider
 
     angles = {"audio": 20.0, "visual": 100.0, "gradient": 65.0}
@@ -186,7 +188,7 @@ def epoch_lambda(
     return 0.1 ** (step / steps + 1)
 
 # %% ../../nbs/09_projection.ipynb #98927ca3
-class _Memory(Callback):
+class _Memory(GradTransform):
     "What is remembered of earlier turns, and how a gradient is kept away from it"
 
     def __init__(
@@ -220,20 +222,14 @@ class _Memory(Callback):
         )
         self.P, self.turns, self.rank = None, 0, rank  # with a rank, P is the factor U
 
-    def update(self, learn):
-        here = {
-            m: learn.turn.rows(m) for m in learn.z
-        }  # rows that are absent say nothing
-        z = torch.cat(
-            [
-                v if here[m] is None else select_rows(v, here[m])
-                for m, v in learn.z.items()
-            ]
-        )
-        r, lam = (
-            learn.mean(z.detach()).to(self.P.dtype),
-            self.lam(learn.step, len(learn.dls.train)),
-        )
+    def update(self, turn):
+        "Remember the mean feature of a turn; rows that are absent do not count"
+        parts = []
+        for m, z in turn.features.items():
+            here = turn.batch.rows(m)
+            parts.append(z if here is None else select_rows(z, here))
+        r = turn.mean(torch.cat(parts).detach()).to(self.P.dtype)
+        lam = self.lam(turn.step, turn.steps)
         if self.rank:
             self.P = update_factor(self.P, r, lam, self.rank)
         else:
@@ -242,12 +238,15 @@ class _Memory(Callback):
             )
 
     def project(self, grad):
+        "A gradient without what is remembered"
         return project_factor(grad, self.P) if self.rank else project(grad, self.P)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
+        "P, or its factor, and the number of turns"
         return {"P": self.P, "turns": tensor(self.turns)}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict):
+        "Take back P and the number of turns"
         self.P, self.turns = state["P"], int(state["turns"])
 
 # %% ../../nbs/09_projection.ipynb #576c42b8
@@ -255,13 +254,15 @@ class GradProjection(_Memory):
     "Project the shared head's weight gradient away from earlier turns (MLA, arXiv 2311.10707, section 4.2); biases are left alone"
 
     def before_fit(self, learn):
+        "Only one linear layer that all modalities share can be projected"
         if not isinstance(learn.net.head, SharedHead):
             raise InputError(
                 f"GradProjection edits the one linear layer of a SharedHead; {type(learn.net.head).__name__} has none that modalities share."
             )
 
-    def after_backward(self, learn):
-        W = learn.net.head.out.weight
+    def after_backward(self, learn, turn):
+        "Project the weight's gradient, and remember the turn"
+        W = turn.net.head.out.weight
         if self.P is None:
             self.P = (
                 W.new_zeros(W.shape[1], 0)
@@ -274,83 +275,69 @@ class GradProjection(_Memory):
         if self.turns <= self.skip:
             return
         if self.when == "update_first":
-            self.update(learn)
+            self.update(turn)
         raw, W.grad = W.grad, self.project(W.grad)
         if self.rescale:
             W.grad.mul_(raw.norm() / W.grad.norm().clamp(min=1e-12))
         if self.when == "project_first":
-            self.update(learn)
+            self.update(turn)
 
 # %% ../../nbs/09_projection.ipynb #abf3a3cb
-def check_projection(
-    **kw,  # arguments of `GradProjection`
-):
-    "Contract of a gradient projection"
-    set_seed(0)
+def _two_encoders():
+    "A batch of two modalities, and a net with a shared head"
     x = {m: torch.randn(8, 5) for m in ("audio", "visual")}
-    b = Batch(
-        x,
-        torch.arange(8) % 3,
-        {m: torch.ones(8, dtype=torch.bool) for m in x},
-        torch.arange(8),
-    )
+    here = torch.ones(8, dtype=torch.bool)
+    b = Batch(x, torch.arange(8) % 3, dict.fromkeys(x, here), torch.arange(8))
     encs = {m: nn.Sequential(nn.Linear(5, 16), nn.ReLU()) for m in x}
     for e in encs.values():
         e.num_features = 16
-    method, edit = Method(SharedHead), GradProjection(**kw)
-    learn = Learner(
-        make_net(SharedHead, encs, 3), Loaders([b] * 20, [b], [b], Shuffle(8)), method
-    )
-    learn.step, W = 0, learn.net.head.out.weight
+    return b, make_net(SharedHead, encs, 3)
+
+
+def check_projection(
+    **options,  # arguments of `GradProjection`
+):
+    "Contract of a gradient projection"
+    set_seed(0)
+    (b, net), transform = _two_encoders(), GradProjection(**options)
+    opt = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     for m in ["audio", "visual"] * 10:
-        idle = torch.cat(
-            [
-                p.detach().flatten()
-                for k, e in encs.items()
-                if k != m
-                for p in e.parameters()
-            ]
-        )
-        learn.turn = b.only([m])
-        learn.z, learn.loss = learn.net.features(learn.turn), None
-        method.loss(learn).backward()
-        raw = W.grad.clone()
-        edit.after_backward(learn)
-        changed = not W.grad.equal(raw)
-        learn.opt.step()
-        learn.opt.zero_grad()
-        assert torch.cat(
-            [
-                p.detach().flatten()
-                for k, e in encs.items()
-                if k != m
-                for p in e.parameters()
-            ]
-        ).equal(idle), "an idle encoder moved"
+        idle = net.encoders["visual" if m == "audio" else "audio"]
+        before = parameters_to_vector(idle.parameters()).clone()
+        turn = Turn(b.only([m]), net, step=0, steps=20)
+        turn.features = net.features(turn.batch)
+        ce_loss(turn).backward()
+        raw = net.head.out.weight.grad.clone()
+        transform.after_backward(None, turn)
+        changed = not net.head.out.weight.grad.equal(raw)
+        opt.step()
+        opt.zero_grad()
+        after = parameters_to_vector(idle.parameters())
+        assert after.equal(before), "an idle encoder moved"
     assert changed, "the projection never touched the gradient"
-    if edit.denominator == "scalar":
-        r, q = learn.z["visual"].detach().mean(0), torch.randn(200, 16)
-
-        def kept(v):
-            return edit.project(v).norm(dim=-1) / v.norm(dim=-1)
-
-        assert kept(r) < 0.5 * kept(q).median(), "what was remembered is not protected"
-    twin = GradProjection(**kw)
-    twin.load_state_dict(edit.state_dict())
-    assert twin.P.equal(edit.P) and twin.turns == edit.turns
+    if transform.denominator == "scalar":
+        r, other = turn.features["visual"].detach().mean(0), torch.randn(200, 16)
+        left, usual = (transform.project(v).norm(dim=-1) for v in (r, other))
+        usual = (usual / other.norm(dim=-1)).median()
+        assert left / r.norm() < 0.5 * usual, "what was remembered is not protected"
+    twin = GradProjection(**options)
+    twin.load_state_dict(transform.state_dict())
+    assert twin.P.equal(transform.P) and twin.turns == transform.turns
 
 # %% ../../nbs/09_projection.ipynb #d80acc9e
-class ScaleHead(Callback):
+class ScaleHead(GradTransform):
     "The control of section 9.8: multiply the head's gradient by a constant; 0 freezes the head as it is"
 
     def __init__(self, scale: float = 0.1):
         self.scale = scale
 
     def before_fit(self, learn):
+        "Freeze the head, if it is never to move"
         if not self.scale:
             learn.net.head.requires_grad_(False)  # weight decay would move it otherwise
 
-    def after_backward(self, learn):
-        for p in learn.net.head.parameters():
+    def after_backward(self, learn, turn):
+        "Scale the head's gradient"
+        for p in turn.net.head.parameters():
             if p.grad is not None:
                 p.grad.mul_(self.scale)

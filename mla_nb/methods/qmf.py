@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..core import methods, rules, select_rows, to_device, unknown
 from ..heads import SeparateHead
-from ..train.learner import Callback, Method, valid_mask
+from .base import Callback, Method, valid_mask
 
 # %% ../../nbs/14_confidence.ipynb #5e3522ea
 def confidence(
@@ -36,9 +36,10 @@ class Histories(Callback):
     history, later = None, False  # modality -> (N,); later: after the first epoch
 
     def before_fit(self, learn):
+        "Begin with zeros"
         if self.history is None:
             self.history = {
-                m: torch.zeros(learn.dls.sampler.n) for m in learn.net.encoders
+                m: torch.zeros(len(learn.dls.sampler)) for m in learn.net.encoders
             }
 
     def remember(self, m, rows, ce):
@@ -51,10 +52,12 @@ class Histories(Callback):
         low, high = met.min(), met.max()
         return (h[rows] - low) / (high - low).clamp(min=1e-12)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
+        "The histories, on the CPU"
         return {m: h.cpu() for m, h in (self.history or {}).items()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict):
+        "Take the histories back"
         self.history = dict(state)
 
 # %% ../../nbs/14_confidence.ipynb #eb42a4fd
@@ -67,8 +70,6 @@ class QMFLoss(Histories):
         if branch not in ("av", "m3ae"):
             raise unknown("branch of QMF", branch, ["av", "m3ae"])
         self.branch = branch
-
-    whole = True  # samples are compared with each other, so the loss needs all rows of a turn (chapter 33)
 
     def terms(self, logits, y, idx, present):
         "Per modality, over the rows that have it: cross-entropies (B,), ranking loss"
@@ -85,23 +86,19 @@ class QMFLoss(Histories):
             )
         return ces, ranks
 
-    def __call__(self, learn):
-        self.later = learn.epoch > 0
-        logits, t = learn.everyone(
-            {m: learn.net.head({m: z}) for m, z in learn.z.items()}
-        )
+    def __call__(self, turn):
+        self.later, head = turn.epoch > 0, turn.net.head
+        each = {m: head({m: z}) for m, z in turn.features.items()}
+        logits, t = {m: turn.gather_rows(l) for m, l in each.items()}, turn.rows
         ces, ranks = self.terms(logits, t.y, t.idx, t.present)
         if self.branch == "m3ae":
             return sum(ces.values()) + sum(ranks.values())
-        fused = sum(
-            confidence(l).detach()[:, None]
-            * l
-            * to_device(t.present[m], l.device)[:, None]
-            for m, l in logits.items()
-        )
-        return (
-            F.cross_entropy(fused, t.y) + sum(ces.values()) + 0.1 * sum(ranks.values())
-        )
+        fused = 0
+        for m, l in logits.items():
+            here = to_device(t.present[m], l.device)[:, None]
+            fused = fused + confidence(l).detach()[:, None] * l * here
+        total = F.cross_entropy(fused, t.y) + sum(ces.values())
+        return total + 0.1 * sum(ranks.values())
 
 # %% ../../nbs/14_confidence.ipynb #74e01b3f
 def energy(
@@ -122,4 +119,5 @@ def qmf(
 ) -> Method:
     "One joint turn; a loss per modality and one for the order of confidences (QMF, arXiv 2306.02050)"
     loss = QMFLoss(branch)
-    return Method(SeparateHead, loss=loss, grad_transforms=[loss], rule=energy)
+    kept = {"loss": loss, "grad_transforms": [loss], "compares_rows": True}
+    return Method(SeparateHead, rule=energy, **kept)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PRESET', 'LIMITS', 'ELSEWHERE', 'Checked', 'Described', 'Run', 'parse_args', 'split_list', 'with_options',
            'with_args', 'make_dataset', 'make_method', 'encoder_names', 'make_encoders', 'make_opt', 'fused_sgd',
-           'environment', 'TensorBoard', 'data_checksum', 'claim', 'build', 'run', 'fit', 'load_run', 'read_history',
-           'plot_losses', 'plot_weights', 'plot_confusion', 'show_samples', 'parse', 'summary', 'main', 'leave']
+           'environment', 'TensorBoard', 'data_checksum', 'claim', 'build', 'make_runtime', 'run', 'fit', 'load_run',
+           'read_history', 'plot_losses', 'plot_weights', 'plot_confusion', 'show_samples', 'parse', 'summary', 'main',
+           'leave']
 
 # %% ../../nbs/37_runs.ipynb #a0949d8d
 import argparse
@@ -42,6 +43,7 @@ from mla_nb.core import (
 )
 from ..evaluation import TemperatureScaled, temperatures
 from ..heads import make_net
+from ..methods.base import Callback, Method, Pred, scores
 from ..methods.fusion import FixedWeights, make_rule
 from ..missing import FILLS, draw_item, rate_text, with_missing
 from ..tools import Locked, locked, read_json, set_seed, write_atomic
@@ -61,17 +63,9 @@ from mla_nb.train.checkpoints import (
     seal,
     undisturbed,
 )
-from mla_nb.train.learner import (
-    Callback,
-    Learner,
-    Method,
-    Pred,
-    Recorder,
-    Schedule,
-    scores,
-)
+from ..train.learner import Learner, Recorder, Schedule
 from ..train.loaders import loaders
-from ..train.runtime import Accelerate, Augment
+from ..train.runtime import Augment, Runtime
 from ..train.watching import Progress, StopOnNaN
 
 # %% ../../nbs/37_runs.ipynb #559eb320
@@ -650,22 +644,27 @@ def build(
         pin=cfg.device == "auto" and torch.cuda.is_available(),
         shuffle=cfg.shuffle,
     )
-    return Learner(net, dls, method, make_opt(cfg), _callbacks(cfg), cfg.seed)
+    return Learner(
+        net, dls, method, make_opt(cfg), _callbacks(cfg), cfg.seed, make_runtime(cfg)
+    )
 
 
-def _callbacks(cfg):
-    fast = Accelerate(
+def make_runtime(cfg: Run) -> Runtime:
+    "Device, precision and processes of a run"
+    return Runtime(
         cfg.device,
         cfg.precision,
         cfg.channels_last,
         cfg.compiled,
         cfg.tf32,
-        cfg.batch_size if cfg.accumulate > 1 else 0,
+        micro_batch_size=cfg.batch_size if cfg.accumulate > 1 else 0,
+        augment=cfg.augment,
     )
+
+
+def _callbacks(cfg):
     saver = Saver(cfg.folder, cfg.keep, cfg.save_every)
     both = [
-        fast,
-        *([Augment(cfg.augment)] if cfg.augment else []),
         Schedule(cfg.schedule),
         StopOnNaN(folder=cfg.folder),
         Recorder(),
@@ -778,17 +777,14 @@ def _describe(cfg, s, learn):
 
 def _finish(cfg, s, learn):
     "Test the epoch that validation chose, once"
-    team = next(c.team for c in learn.cbs if isinstance(c, Accelerate))
     if is_main():
         load_weights(learn.net, cfg.folder)
-    if team:
-        team.copy(learn.net)
-        team.join(learn)  # all predict, a part each
+    learn.runtime.share(learn.net)  # all predict, a part each
     valid = learn.validate()  # fixed weights belong to this epoch
     p, mods = learn.predictions(learn.dls.test), list(learn.net.encoders)
     if not is_main():
         return
-    best = next(c for c in learn.cbs if isinstance(c, Saver)).best[2]
+    best = next(c for c in learn.callbacks if isinstance(c, Saver)).best[2]
     save_pred(p, cfg.folder / "predictions.safetensors")
     out = {
         "id": cfg.folder.name,
@@ -847,8 +843,8 @@ def fit(
             check_splits(s), cfg.missing, cfg.missing_test, cfg.seed, cfg.missing_fill
         ),
     )
-    learn.cbs = [
-        c for c in learn.cbs if not isinstance(c, (States, Stopper, TensorBoard))
+    learn.callbacks = [
+        c for c in learn.callbacks if not isinstance(c, (States, Stopper, TensorBoard))
     ]
     return learn.fit(cfg.epochs)
 
@@ -919,6 +915,7 @@ def read_history(folder) -> list:
 def plot_losses(folder, ax=None):
     "Training loss per turn (solid) and validation loss per modality (dashed)"
     import matplotlib.pyplot as plt
+
     from mla_nb.plots import modality_color
 
     ax, rows = ax or plt.subplots(figsize=(5, 2.6))[1], read_history(folder)
@@ -946,6 +943,7 @@ def plot_losses(folder, ax=None):
 def plot_weights(p: Pred, ax=None):
     "How the fusion rule weights the modalities: one histogram each"
     import matplotlib.pyplot as plt
+
     from mla_nb.plots import modality_color
 
     ax = ax or plt.subplots(figsize=(5, 2.2))[1]
@@ -1001,6 +999,7 @@ def show_samples(
 ):
     "Samples with what each modality and the fusion say about them"
     import matplotlib.pyplot as plt
+
     from mla_nb.plots import modality_color
 
     if rows is None:

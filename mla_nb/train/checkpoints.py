@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 
 from ..core import InputError
+from ..methods.base import Callback, Pred
 from ..tools import digest, read_json, rng_state, sha256, write_atomic
-from .learner import Callback, Diverged, Pred
+from .learner import Diverged
 
 # %% ../../nbs/35_checkpoints.ipynb #43b44b6a
 def save_tensors(
@@ -257,8 +258,8 @@ class States(Callback):
             "epoch": learn.epoch,
             "best": self.best,
             "history": json.dumps(rows),
-            "callbacks": [c.state_dict() for c in learn.cbs],
-            "names": [type(c).__name__ for c in learn.cbs],
+            "callbacks": [c.state_dict() for c in learn.callbacks],
+            "names": [type(c).__name__ for c in learn.callbacks],
             "done": done,
             "rng": rng_state(),
         }
@@ -302,12 +303,16 @@ class Saver(States):
         fits(learn.net, state["net"], path)
         learn.net.load_state_dict(state["net"])
         learn.opt.load_state_dict(state["opt"])
-        _restore(learn.cbs, state["callbacks"], state.get("names"))
-        learn.history, learn.done = json.loads(state["history"]), state.get("done", 0)
+        _restore(learn.callbacks, state["callbacks"], state.get("names"))
+        learn.history = json.loads(state["history"])
+        learn.batches_done = state.get("done", 0)
         learn.rng = (
-            state.get("rng") if learn.done else None
+            state.get("rng") if learn.batches_done else None
         )  # a new epoch seeds them anew
-        learn.epoch, self.best = state["epoch"] + (not learn.done), state["best"]
+        learn.epoch, self.best = (
+            state["epoch"] + (not learn.batches_done),
+            state["best"],
+        )
 
     def after_batch(self, learn):
         due = (
@@ -315,12 +320,12 @@ class Saver(States):
             and self.minutes > 0
             and time.monotonic() - self.time > 60 * self.minutes
         )
-        if learn.agreed("save", due):
+        if learn.runtime.agree("save", due):
             self.within(learn)
 
     def within(self, learn):
         "Save within an epoch"
-        learn.settle()
+        learn.runtime.settle(learn.net)
         self.save(learn, learn.history, learn.step + 1)
 
     def after_epoch(self, learn):
@@ -395,7 +400,7 @@ class Stopper(Callback):
         )
 
     def after_batch(self, learn):
-        if not learn.agreed("stop", bool(self.asked)):
+        if not learn.runtime.agree("stop", bool(self.asked)):
             return
         self.saver.within(learn)
         self.stop(
@@ -404,7 +409,7 @@ class Stopper(Callback):
         )
 
     def after_epoch(self, learn):
-        if learn.agreed("stop", bool(self.asked), now=True):
+        if learn.runtime.agree("stop", bool(self.asked), now=True):
             self.stop(learn, f"after epoch {learn.epoch + 1}")
 
 # %% ../../nbs/35_checkpoints.ipynb #ece2a291

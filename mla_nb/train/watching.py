@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from ..core import InputError
+from ..methods.base import Callback
 from ..tools import write_atomic
-from .learner import Callback, Diverged, Recorder, plot_learning
+from .learner import Diverged, Recorder, plot_learning
 
 # %% ../../nbs/34_watching.ipynb #30527696
 def sample_ids(
@@ -39,21 +40,18 @@ class StopOnNaN(Callback):
             [],
         )  # every: turns between looks on a GPU
 
-    def after_backward(self, learn):
+    def after_backward(self, learn, turn):
+        "Note the loss, and look at it: at once on a CPU, now and then on a GPU"
         self.k += 1
-        rows = (
-            getattr(learn.batch, "whole", (learn.turn,))[0].idx
-            if hasattr(learn, "batch")
-            else learn.turn.idx
-        )  # of all processes
-        self.seen.append(
-            (learn.loss.detach(), learn.epoch, learn.step, list(learn.turn.x), rows)
-        )
-        if learn.loss.device.type == "cpu" or self.k % self.every == 0:
+        where = turn.epoch, turn.step, turn.modalities
+        self.seen.append((turn.loss, *where, turn.rows.idx))  # of all processes
+        if turn.loss.device.type == "cpu" or self.k % self.every == 0:
             self.look(learn)
 
     def after_epoch(self, learn):
-        self.seen and self.look(learn)
+        "Look at what has not been looked at"
+        if self.seen:
+            self.look(learn)
 
     def look(self, learn):
         "Wait for the device, once for all turns since the last look"
@@ -117,7 +115,7 @@ class Progress(Callback):
         steps = len(learn.dls.train)
         self.bar = tqdm(
             total=steps * learn.epochs,
-            initial=steps * learn.epoch + learn.done,
+            initial=steps * learn.epoch + learn.batches_done,
             desc=self.label,
             unit="batch",
             dynamic_ncols=True,
@@ -139,7 +137,8 @@ class Progress(Callback):
         )
 
     def after_fit(self, learn):
-        self.bar and self.bar.close()
+        if self.bar:
+            self.bar.close()
 
 # %% ../../nbs/34_watching.ipynb #08aa7569
 def plot_live(
@@ -148,6 +147,7 @@ def plot_live(
 ):
     "Validation accuracy now, and the recurring plot up to now"
     import matplotlib.pyplot as plt
+
     from mla_nb.plots import modality_color
 
     axs, now = (
@@ -180,7 +180,7 @@ class LiveView(Callback):
         self.bayes, self.box = bayes, None  # bayes: for dashed lines
 
     def before_fit(self, learn):
-        if not any(isinstance(c, Recorder) for c in learn.cbs):
+        if not any(isinstance(c, Recorder) for c in learn.callbacks):
             raise InputError(
                 "LiveView draws what a Recorder finds; put a Recorder() among the callbacks too."
             )
