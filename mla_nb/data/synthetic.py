@@ -134,7 +134,7 @@ def faces(
     image = image + noise * rng.standard_normal(image.shape, dtype="f4")
     return (image.clip(0, 1) * 255).astype("u1").transpose(0, 3, 1, 2)
 
-# %% ../../nbs/02_synthetic.ipynb #31d1b1ef
+# %% ../../nbs/02_synthetic.ipynb #c788307e
 def contours(
     t,  # (T,) time from 0 to 1
 ):  # (7,T) pitch offset in octaves, one row per state
@@ -151,7 +151,7 @@ def contours(
     ]
     return np.stack(rows).astype("f4")
 
-# %% ../../nbs/02_synthetic.ipynb #d8167aef
+
 def voices(
     state,  # (N,) states, 6 is blank
     rng,  # numpy Generator
@@ -176,7 +176,7 @@ def voices(
     noise = rng.standard_normal(wave.shape, dtype="f4")
     return (0.1 * (wave + noise * 10 ** (-snr / 20))).astype("f4")
 
-# %% ../../nbs/02_synthetic.ipynb #2f2154ba
+# %% ../../nbs/02_synthetic.ipynb #4b19369e
 LEXICON = [
     words.split()
     for words in (
@@ -212,7 +212,7 @@ TEMPLATES = [
 ]
 SUBJECTS = ["she", "he", "they", "we", "you"]
 
-# %% ../../nbs/02_synthetic.ipynb #2effdbe6
+
 def sentences(
     state,  # (N,) states, 6 is blank
     rng,  # numpy Generator
