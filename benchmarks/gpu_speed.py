@@ -21,6 +21,7 @@ from torch import nn
 
 from mla_nb.core import Batch
 from mla_nb.encoders.audio import resnet18_trunk
+from mla_nb.encoders.base import Encoder, ModuleEncoder
 from mla_nb.encoders.image import OverFrames
 from mla_nb.heads import make_net
 from mla_nb.methods.mla import mla
@@ -28,7 +29,7 @@ from mla_nb.runs.run import Run, make_opt
 from mla_nb.tools import set_seed
 from mla_nb.train.learner import Learner, Recorder
 from mla_nb.train.loaders import Loaders, Shuffle
-from mla_nb.train.runtime import Accelerate
+from mla_nb.train.runtime import Runtime
 from mla_nb.train.watching import StopOnNaN
 
 CLASSES = 6
@@ -46,19 +47,16 @@ WAYS = {
 }
 
 
-class Transformer(nn.Module):
+class Transformer(Encoder):
     "A transformer on patches of 16 × 16, the mean of its last layer; base: 12 layers, width 768"
 
     def __init__(self, channels, width=768, layers=12, heads=12):
-        super().__init__()
+        super().__init__(width)
         self.patches = nn.Conv2d(channels, width, 16, 16)
         layer = nn.TransformerEncoderLayer(
             width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
         )
-        self.body, self.num_features = (
-            nn.TransformerEncoder(layer, layers, enable_nested_tensor=False),
-            width,
-        )
+        self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
     def forward(self, x):
         return self.body(self.patches(x).flatten(2).transpose(1, 2)).mean(1)
@@ -75,8 +73,8 @@ def setting(name, tiny):
         )
         return (
             lambda: {
-                "audio": resnet18_trunk(1),
-                "video": OverFrames(resnet18_trunk(3)),
+                "audio": ModuleEncoder(resnet18_trunk(1), 512),
+                "video": OverFrames(resnet18_trunk(3), 512),
             },
             shapes,
             4 if tiny else 64,
@@ -107,14 +105,16 @@ def ours(make, b, device, **how):
     "A closure that takes one batch's turns, and the net"
     set_seed(0)
     cfg, method = Run(lr=1e-4, **how), mla()
-    fast = Accelerate(device, cfg.precision, cfg.channels_last, cfg.compiled, cfg.tf32)
+    how = cfg.precision, cfg.channels_last, cfg.compiled, cfg.tf32
     learn = Learner(
         make_net(method.head, make(), CLASSES),
         Loaders([b] * 20, [], [], Shuffle(len(b))),
         method,
         make_opt(cfg),
-        [fast, StopOnNaN(), Recorder()],
+        [StopOnNaN(), Recorder()],
+        runtime=Runtime(device, *how),
     )
+    learn.runtime.prepare(learn)
     learn.net.train()
     for c in learn.callbacks:
         c.before_fit(learn)

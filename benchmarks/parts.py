@@ -17,10 +17,12 @@ import torch
 from step import DEVICE, seconds
 
 from mla_nb.core import Batch, collate, stack
+from mla_nb.data.decode import encode_image
 from mla_nb.data.media import media_modalities, media_options
 from mla_nb.data.prepared import load_prepared, prepare
 from mla_nb.encoders.audio import resnet18_trunk
-from mla_nb.encoders.image import OverFrames, Pixels, encode_image
+from mla_nb.encoders.base import ModuleEncoder
+from mla_nb.encoders.image import OverFrames, Pixels
 from mla_nb.heads import make_net
 from mla_nb.methods.mla import mla
 from mla_nb.train.learner import Learner, Recorder
@@ -80,7 +82,10 @@ def clips(folder, n, size=224, frames=FRAMES):
 def parts(B, size=224):
     "Name -> (closure to time, what is to be done before it); ResNet-18 for both"
     torch.manual_seed(0)
-    encs = {"audio": resnet18_trunk(1), "video": OverFrames(resnet18_trunk(3))}
+    encs = {
+        "audio": ModuleEncoder(resnet18_trunk(1), 512),
+        "video": OverFrames(resnet18_trunk(3), 512),
+    }
     net, method = make_net(mla().head, encs, CLASSES).to(DEVICE), mla()
     x = {
         "audio": torch.randn(B, 1, *AUDIO),
@@ -114,19 +119,21 @@ def parts(B, size=224):
         state[m].backward(torch.full_like(state[m], 1e-3))
 
     def head():
-        learn.turn = b.only(["video"])
-        learn.z = {"video": torch.randn(B, 512, device=DEVICE, requires_grad=True)}
-        learn.loss = method.loss(learn)
-        learn.loss.backward()
+        z = torch.randn(B, 512, device=DEVICE, requires_grad=True)
+        state["turn"] = turn = learn.make_turn(b.only(["video"]))
+        turn.features = {"video": z}
+        loss = method.loss(turn)
+        loss.backward()
+        turn.losses = {"loss": loss.detach()}
 
     def optimizer():
         learn.opt.step()
         learn.opt.zero_grad()
 
     def logging():
-        guard.after_backward(learn)
-        record.after_backward(learn)
-        record.after_step(learn)
+        guard.after_backward(learn, state["turn"])
+        record.after_backward(learn, state["turn"])
+        record.after_step(learn, state["turn"])
 
     for m in encs:
         jobs[f"{m}: encoder forward"] = partial_(forward, m)
@@ -134,8 +141,8 @@ def parts(B, size=224):
     jobs |= {
         "head, loss and their backward, twice": lambda: (head(), head()),
         "projection, twice": lambda: (
-            edit.after_backward(learn),
-            edit.after_backward(learn),
+            edit.after_backward(learn, state["turn"]),
+            edit.after_backward(learn, state["turn"]),
         ),
         "NaN guard and recorder, twice": lambda: (logging(), logging()),
         "optimizer": optimizer,
@@ -149,13 +156,13 @@ def partial_(f, *a):
 
 def data_parts(s, B, size=224):
     pixels, rows = Pixels(size), list(range(B))
-    preprocessor = {"audio": lambda items: stack(items)[:, None], "video": pixels.pack}
+    preprocessor = {"audio": lambda items: stack(items)[:, None], "video": pixels}
     items = s.train.__getitems__(rows)
     packed = collate(items, preprocessor)
     return {
         "data: read and decode": lambda: s.train.__getitems__(rows),
         "data: collate": lambda: collate(items, preprocessor),
-        "data: bytes to floats": lambda: pixels.finish(packed.x["video"].to(DEVICE)),
+        "data: bytes to floats": lambda: pixels.normalize(packed.x["video"].to(DEVICE)),
     }
 
 

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'NO_LOCKS', 'InputError', 'UnknownName', 'nearest', 'unknown
            'call', 'as_rate', 'rate_text', 'set_seed', 'rng_state', 'set_rng_state', 'write_atomic', 'read_json',
            'sha256', 'digest', 'Locked', 'locked']
 
-# %% ../nbs/46_tools.ipynb #7ca1f4d7
+# %% ../nbs/46_tools.ipynb #ac570fb6
 import difflib
 import errno
 import hashlib
@@ -25,8 +25,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import get_args
-
-from filelock import FileLock, Timeout
 
 # %% ../nbs/46_tools.ipynb #b6b07457
 class InputError(ValueError):
@@ -346,12 +344,14 @@ def locked(
                 path.unlink()  # the lock is what counts, not the file
             lock.release()
 
-# %% ../nbs/46_tools.ipynb #b0dca91b
+# %% ../nbs/46_tools.ipynb #d0873ac1
 NO_LOCKS = errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS
 
 
 def _acquired(path, what):
     "A lock that is held; None on a file system without locks"
+    from filelock import FileLock, Timeout
+
     lock, me = FileLock(path), f"process {os.getpid()} on {platform.node()}"
     try:
         lock.acquire(timeout=0)

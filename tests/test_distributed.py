@@ -1,4 +1,6 @@
-"""Two processes are one process with the doubled batch; a turn in pieces is the turn. The two processes are started once, and train everything.
+"""Two processes are one with the doubled batch; a turn in micro-batches is the turn.
+
+The two processes are started once, and train everything.
 
 torchrun --nproc_per_node 2 tests/test_distributed.py FOLDER        is what they do
 """
@@ -6,7 +8,6 @@ torchrun --nproc_per_node 2 tests/test_distributed.py FOLDER        is what they
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,18 +27,14 @@ from mla_nb.core import (
     discover,
     methods,
 )
+from mla_nb.encoders.base import Encoder, ModuleEncoder
 from mla_nb.heads import make_net
-from mla_nb.methods.base import Callback
+from mla_nb.methods.base import Callback, GradTransform, Method
+from mla_nb.methods.ensemble import alternating
 from mla_nb.tools import set_seed
-from mla_nb.train.learner import Learner, Recorder
-from mla_nb.train.loaders import Loaders, ShardShuffle, Shuffle, loaders
-from mla_nb.train.runtime import (
-    Accelerate,
-    Share,
-    backward_in_pieces,
-    gradient_buckets,
-    part_of,
-)
+from mla_nb.train.learner import Learner, Loaders, Recorder, Shuffle
+from mla_nb.train.loaders import ShardShuffle, loaders
+from mla_nb.train.runtime import DealtBatches, Runtime, part_of, reduced_gradients
 from mla_nb.train.watching import StopOnNaN
 
 MODS, CLASSES = ("audio", "visual", "text"), 4
@@ -67,11 +64,8 @@ def batch(n, seed, missing=0.0, lacks=()):
 
 
 def encoder(width=6, norm=False):
-    e = nn.Sequential(
-        nn.Linear(5, width), *([nn.BatchNorm1d(width)] if norm else []), nn.Tanh()
-    )
-    e.num_features = width
-    return e
+    layers = nn.Linear(5, width), *([nn.BatchNorm1d(width)] if norm else []), nn.Tanh()
+    return ModuleEncoder(nn.Sequential(*layers), width)
 
 
 FIRST, SECOND = slice(0, 8), slice(8, 16)
@@ -86,72 +80,109 @@ DATA = {
     ],
     "ragged": lambda: [batch(16, 0), batch(5, 1, 0.5), batch(2, 2), batch(1, 3)],
 }  # in the last one the second process has no row
-METHODS = {
-    "concat": {},
-    "sum": {},
-    "film": {},
-    "gated": {},
-    "ogm": {},
-    "qmf": {},
+VARIANTS = {
     "qmf m3ae": {"branch": "m3ae"},
-    "ensemble": {},
-    "mla": {},
     "mla rank": {"rank": 40},
     "mla update_first": {"when": "update_first"},
-    "mla_fixed": {},
-    "mla_released": {},
 }
+METHODS = [*sorted(methods), *VARIANTS]  # every registered method, and some variants
 CORE = "concat", "ogm", "qmf", "ensemble", "mla"
 CASES = [
     (m, d) for m in METHODS for d in DATA if m in CORE or d in ("one_sided", "ragged")
 ]
-NORMED = [
-    (m, d)
-    for m in METHODS
-    for d in DATA
-    if m in ("concat", "mla")
-    or d == "one_sided"
-    or (m, d) in (("qmf", "ragged"), ("ogm", "missing"))
-]  # with batch norm
-DRAWN = ["ogm_ge", "ensemble"]  # what is drawn is the same for all processes
+MICRO = [(m, "missing") for m in METHODS]  # the same in micro-batches of three rows
+
+
+class EachGradient(GradTransform):
+    "Takes half of the gradient of the first named loss"
+
+    per_loss = True
+
+    def after_backward(self, learn, turn):
+        for p, g in next(iter(turn.gradients.values())).items():
+            p.grad -= g / 2
+
+
+def named(turn):
+    "Two losses, both of them means over the rows of a turn"
+    z, y = turn.features, turn.batch.y
+    spread = sum(v.square().mean(1) for v in z.values()).mean()
+    logits = turn.net.combine(z, turn.batch)
+    return {"fit": nn.functional.cross_entropy(logits, y), "size": spread}
+
+
+def per_loss():
+    "A method whose transform asks for the gradient of each named loss"
+    head = methods["ensemble"]().head
+    return Method(head, alternating(), named, [EachGradient()])
+
+
+class Unused(Encoder):
+    "An encoder with a part that its output does not depend on, as hub encoders have"
+
+    def __init__(self):
+        super().__init__(6)
+        self.used, self.pooler = nn.Linear(5, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.used(x).tanh()
+
+
+class SameNoise(Callback):
+    "What several processes draw in common, one process draws here as well"
+
+    order = -1
+
+    def after_backward(self, learn, turn):
+        n = learn.seed * 1_000_003 + learn.epoch * 7919 + learn.step
+        torch.manual_seed(n * 1024)
+
+
+def make(name, options=None):
+    if name == "per_loss":
+        return per_loss()
+    options = VARIANTS.get(name, {}) if options is None else options
+    return methods[name.split()[0]](**options)
 
 
 def trained(
     name,
     data,
+    runtime=None,
     callbacks=(),
-    pieces=0,
     options=None,
     epochs=2,
     dls=None,
     lr=0.05,
     norm=False,
+    unused=False,
 ):
-    method = methods[name.split()[0]](
-        **(METHODS.get(name, {}) if options is None else options)
-    )
+    method = make(name, options)
     set_seed(0)
-    net = make_net(
-        method.head,
-        {m: encoder(6 + 2 * k, norm and m != "text") for k, m in enumerate(MODS)},
-        CLASSES,
-    )
-    b = dls or Loaders(data, data[:3], data[:1], Shuffle(60))
+    mods = method.modalities or MODS
+    encs = {m: encoder(6 + 2 * k, norm) for k, m in enumerate(MODS) if m in mods}
+    if unused:
+        encs = {m: Unused() for m in encs}
+    net = make_net(method.head, encs, CLASSES)
     learn = Learner(
         net,
-        b,
+        dls or Loaders(data, data[:3], data[:1], Shuffle(60)),
         method,
         lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=1e-3),
-        [*cbs, StopOnNaN(), Recorder(1)],
+        [*callbacks, StopOnNaN(), Recorder(1)],
+        runtime=runtime,
     )
-    if pieces:
-        learn.backward = partial(backward_in_pieces, learn, pieces)
     return learn.fit(epochs)
+
+
+def alone(name, data, **options):
+    "One process, with the noise that several would draw"
+    return found(trained(name, data, callbacks=[SameNoise()], **options))
 
 
 def found(learn):
     "Everything that must be the same"
-    out = {f"net.{k}": v for k, v in learn.net.state_dict().items()}
+    out = {f"net.{k}": v.clone() for k, v in learn.net.state_dict().items()}
     for c in learn.method.grad_transforms:
         out |= {
             f"edit.{k}": v
@@ -206,48 +237,61 @@ def loaded(batch_size, shuffle="all", ready=2**30):
     return loaders(split(), None, batch_size, seed=3, shuffle=shuffle, ready=ready)
 
 
+class Wishes(Callback):
+    "The second process wants to stop in the third batch; when does each hear of it?"
+
+    order = 60
+
+    def __init__(self):
+        self.heard = []
+
+    def after_batch(self, learn):
+        wish = learn.runtime.rank == 1 and (learn.epoch, learn.step) == (0, 2)
+        self.heard.append(float(learn.runtime.agree("stop", wish)))
+
+    def after_epoch(self, learn):
+        wish = learn.runtime.rank == 0 and learn.epoch == 1
+        self.heard.append(float(learn.runtime.agree("stop", wish, now=True)))
+
+
 def child(folder):
     "What each of the two processes does"
     import torch.distributed as dist
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
-    out = {}
+    out, cpu = {}, partial(Runtime, "cpu")
     for name, data in CASES:
-        out[f"{name}|{data}"] = trained(name, DATA[data](), [Accelerate("cpu")])
-    for name, data in NORMED:
-        out[f"{name}|{data} normed"] = trained(
-            name, DATA[data](), [Accelerate("cpu")], norm=True
+        out[f"{name}|{data}"] = found(trained(name, DATA[data](), cpu()))
+    for name, data in MICRO:
+        runtime = cpu(micro_batch_size=3)
+        out[f"{name}|{data} micro"] = found(trained(name, DATA[data](), runtime))
+    for data in DATA:
+        out[f"per_loss|{data}"] = found(trained("per_loss", DATA[data](), cpu()))
+        out[f"concat|{data} unused"] = found(
+            trained("concat", DATA[data](), cpu(), unused=True)
         )
-    for name in DRAWN:
-        out[f"{name}|drawn"] = trained(
-            name,
-            DATA["missing"](),
-            [Accelerate("cpu")],
-            options={"order": "random"} if name == "ensemble" else {},
-            epochs=3,
-        )
+    out["ensemble|random"] = found(
+        trained("ensemble", DATA["missing"](), cpu(), options={"order": "random"})
+    )
     for shuffle in ("all", "shards"):
         for ready in (2**30, 0):
-            out[f"mla|{shuffle} {ready}"] = trained(
-                "mla", None, [Accelerate("cpu")], dls=loaded(8, shuffle, ready)
-            )
-    out["mla|twice"] = trained(
-        "mla", DATA["missing"](), [Accelerate("cpu")], epochs=1
-    ).fit(2)
-    for name in ("mla", "qmf"):
-        out[f"{name}|pieces"] = trained(
-            name, DATA["missing"](), [Accelerate("cpu", piece=3)]
-        )
+            dls = loaded(8, shuffle, ready)
+            out[f"mla|{shuffle} {ready}"] = found(trained("mla", None, cpu(), dls=dls))
+    twice = trained("mla", DATA["missing"](), cpu(), epochs=1).fit(2)
+    out["mla|twice"] = found(twice)
+    normed = trained("mla", DATA["missing"](), cpu(), norm=True)
+    out["mla|normed"] = found(normed)
+    wishes = Wishes()
+    trained("mla", DATA["all"](), cpu(), [wishes])
+    out["mla|wishes"] = {"heard": torch.tensor(wishes.heard)}
     try:
-        trained("mla", DATA["all"](), [Accelerate("cpu")], lr=1e30)
+        trained("mla", DATA["all"](), cpu(), lr=1e30)
         said = "nothing"
     except InputError as e:
         said = str(e)
     Path(folder, f"said{dist.get_rank()}").write_text(said)
-    flat = {
-        f"{k}|{n}": v.contiguous() for k, l in out.items() for n, v in found(l).items()
-    }
+    flat = {f"{k}|{n}": v.contiguous() for k, f in out.items() for n, v in f.items()}
     save_file(flat, Path(folder, f"{dist.get_rank()}.safetensors"))
     dist.destroy_process_group()
 
@@ -285,29 +329,58 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("name,data", CASES)
 def test_two_processes_are_one_with_the_doubled_batch(two, name, data):
-    one = found(trained(name, DATA[data]()))
+    one = alone(name, DATA[data]())
     assert one and all(v.isfinite().all() for v in one.values())
     for rank in (0, 1):
         equal(two(rank, f"{name}|{data}"), one)
 
 
-@pytest.mark.parametrize("name,data", NORMED)
-def test_batch_norm_looks_at_everybodys_rows(two, name, data):
-    "Also where one process has no row of a modality, or the whole turn has only one"
-    one = found(trained(name, DATA[data](), norm=True))
+def test_every_registered_method_is_tried_with_gaps_on_one_side():
+    for data in ("one_sided", "ragged"):
+        assert set(methods) <= {m for m, d in CASES if d == data}
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_the_gradient_of_each_named_loss_is_that_of_all_rows(two, data):
     for rank in (0, 1):
-        equal(two(rank, f"{name}|{data} normed"), one, 3e-6)
+        equal(two(rank, f"per_loss|{data}"), alone("per_loss", DATA[data]()))
 
 
-@pytest.mark.parametrize("name", DRAWN)
-def test_what_is_drawn_is_the_same_for_all(two, name):
-    a, b = (two(r, f"{name}|drawn") for r in (0, 1))
+@pytest.mark.parametrize("data", DATA)
+def test_what_no_process_uses_stays_put(two, data):
+    "Without a gradient, neither momentum nor weight decay moves a parameter"
+    one = alone("concat", DATA[data](), unused=True)
+    for rank in (0, 1):
+        equal(two(rank, f"concat|{data} unused"), one)
+    start = trained("concat", DATA[data](), unused=True, epochs=0).net.state_dict()
+    for k, v in start.items():
+        if "pooler" in k:
+            assert v.equal(two(0, f"concat|{data} unused")[f"net.{k}"])
+
+
+def test_batch_norm_is_local_on_a_cpu_and_both_end_with_one_net(two):
+    "The statistics are those of a process's own rows; the running ones are averaged"
+    a, b = (two(r, "mla|normed") for r in (0, 1))
+    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a if "num_b" not in k)
+    one = alone("mla", DATA["missing"](), norm=True)
+    weights = [k for k in one if k.startswith("net.") and "weight" in k]
+    assert not all(torch.allclose(a[k], one[k], atol=1e-5) for k in weights)
+
+
+def test_a_wish_of_one_process_is_granted_to_all_at_once(two):
+    "With the next batch; at the end of an epoch at once"
+    a, b = (two(r, "mla|wishes")["heard"].tolist() for r in (0, 1))
+    assert a == b == [0, 0, 0, 1, 0, 0, 0, 0, 0, 1]
+
+
+def test_what_is_drawn_is_the_same_for_all(two):
+    a, b = (two(r, "ensemble|random") for r in (0, 1))
     assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
 
 
 @pytest.mark.parametrize("ready", [2**30, 0])
 def test_data_loaders_deal_out_the_doubled_batch(two, ready):
-    "61 samples: the last row of the doubled batch would be alone, and is left out by both"
+    "61 samples: the last row of the doubled batch would be alone; both leave it out"
     one = found(trained("mla", None, dls=loaded(16, ready=ready)))
     for rank in (0, 1):
         equal(two(rank, f"mla|all {ready}"), one)
@@ -321,9 +394,9 @@ def test_shards_train_and_agree(two):
     equal(a, two(0, f"mla|shards {2**30}"))
 
 
-@pytest.mark.parametrize("name", ["mla", "qmf"])
-def test_pieces_on_two_processes(two, name):
-    equal(two(0, f"{name}|pieces"), found(trained(name, DATA["missing"]())), 2e-6)
+@pytest.mark.parametrize("name,data", MICRO)
+def test_micro_batches_on_two_processes(two, name, data):
+    equal(two(0, f"{name}|{data} micro"), alone(name, DATA[data]()), 2e-6)
 
 
 def test_training_that_goes_on(two):
@@ -338,13 +411,14 @@ def test_a_loss_that_breaks_down_stops_all_processes(two):
 
 
 def test_the_command_itself(tmp_path):
-    "Weights, predictions and result are those of one process, batch norm included; few steps, because rounding grows (chapter 44)"
+    "Weights and result are the same for any process; the test split is predicted once"
     import json
 
     from safetensors.torch import load_file
 
-    from mla_nb.runs.run import Run, run
+    from mla_nb.runs.run import Run, load_run, make_dataset
     from mla_nb.train.checkpoints import load_pred
+    from mla_nb.train.learner import predictions
 
     size, common = (
         "n_train=65,n_valid=45,n_test=50",
@@ -361,26 +435,15 @@ def test_the_command_itself(tmp_path):
         cwd=tmp_path,
     )
     assert said.count("best epoch") == 1
-    one = run(
-        Run(
-            dataset_args=size,
-            batch_size=32,
-            name="one",
-            epochs=1,
-            progress=False,
-            lr=0.01,
-            root=str(tmp_path / "runs"),
-        )
-    )
-    a, b = (load_file(tmp_path / f"runs/{n}/model.safetensors") for n in ("one", "two"))
-    equal(a, b, 1e-5)
-    p, q = (load_pred(tmp_path / f"runs/{n}") for n in ("one", "two"))
-    assert torch.allclose(p.fused, q.fused, atol=1e-4) and p.idx.equal(q.idx)
-    two = json.loads((tmp_path / "runs/two/result.json").read_text())
-    assert (
-        two["test"]["accuracy"] == one["test"]["accuracy"]
-        and two["valid"]["accuracy"] == one["valid"]["accuracy"]
-        and two["best_epoch"] == one["best_epoch"]
+    folder = tmp_path / "runs/two"
+    (net, method, _), p = load_run(folder), load_pred(folder)
+    s = make_dataset(Run(dataset_args=size))
+    dls = loaders(s, {m: e.preprocessor for m, e in net.encoders.items()})
+    q = predictions(net, method, dls.test)
+    assert torch.allclose(p.fused, q.fused, atol=1e-5) and p.idx.equal(q.idx)
+    assert json.loads((folder / "result.json").read_text())["n_test"] == 50
+    assert all(
+        v.isfinite().all() for v in load_file(folder / "model.safetensors").values()
     )
 
 
@@ -397,7 +460,7 @@ def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
     with pytest.raises(
         InputError, match="2 processes were started, but they have not found each other"
     ):
-        trained("mla", DATA["all"](), [Accelerate()])
+        trained("mla", DATA["all"](), Runtime())
 
 
 def test_the_command_with_gaps_and_shares_of_everything(tmp_path):
@@ -409,7 +472,7 @@ def test_the_command_with_gaps_and_shares_of_everything(tmp_path):
         "mla_fixed",
         "--missing",
         ".5",
-        "--accumulate",
+        "--accumulation_steps",
         "2",
         "--augment",
         "flip",
@@ -426,29 +489,28 @@ def test_the_command_with_gaps_and_shares_of_everything(tmp_path):
     )
 
 
-# accumulation ---------------------------------------------------------------------------------------------------------
+# micro-batches --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 5, 8])
+@pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize(
     "name,data", [(m, d) for m in METHODS for d in ("missing", "ragged")]
 )
-def test_a_turn_in_pieces_is_the_turn(name, data, rows):
-    equal(
-        found(trained(name, DATA[data](), pieces=rows)),
-        found(trained(name, DATA[data]())),
-        2e-6,
-    )
+def test_a_turn_in_micro_batches_is_the_turn(name, data, rows):
+    runtime = Runtime("cpu", micro_batch_size=rows)
+    cut = found(trained(name, DATA[data](), runtime, [SameNoise()]))
+    equal(cut, alone(name, DATA[data]()), 2e-6)
 
 
-def test_pieces_step_once_per_turn_and_bound_what_is_encoded_at_once():
+def test_micro_batches_step_once_per_turn_and_bound_what_is_encoded_at_once():
     seen, steps = [], []
 
     class Spy(Callback):
         def after_step(self, learn, turn):
-            steps.append(list(learn.turn.x))
+            steps.append(turn.modalities)
 
-    learn = trained("mla", DATA["all"](), [Spy()], pieces=5, epochs=0)
+    runtime = Runtime("cpu", micro_batch_size=5)
+    learn = trained("mla", DATA["all"](), runtime, [Spy()], epochs=0)
 
     def look(m, out):
         if learn.net.training:
@@ -461,6 +523,17 @@ def test_pieces_step_once_per_turn_and_bound_what_is_encoded_at_once():
     assert seen == [(m, n) for _ in range(4) for m in MODS for n in (5, 5, 5, 1)]
 
 
+def test_a_loss_that_compares_rows_has_no_gradient_per_loss_in_parts():
+    method = methods["qmf"]()
+    method.grad_transforms = [*method.grad_transforms, EachGradient()]
+    net = make_net(method.head, {m: encoder() for m in MODS}, CLASSES)
+    data = DATA["all"]()
+    runtime = Runtime("cpu", micro_batch_size=5)
+    dls = Loaders(data, data, data, Shuffle(60))
+    with pytest.raises(InputError, match="leave out micro_batch_size"):
+        Learner(net, dls, method, runtime=runtime).fit(1)
+
+
 def test_accumulate_through_run(tmp_path):
     "The order of samples is that of the larger batch, and so is the number of steps"
     from mla_nb.runs.run import Run, build, make_dataset
@@ -468,24 +541,20 @@ def test_accumulate_through_run(tmp_path):
     cfg = Run(
         dataset_args="n_train=96,n_valid=32,n_test=32",
         batch_size=16,
-        accumulate=3,
+        accumulation_steps=3,
         root=str(tmp_path),
     )
     s = make_dataset(cfg)
-    [acc] = [c for c in build(cfg, s).cbs if isinstance(c, Accelerate)]
-    assert acc.piece == 16 and [len(b) for b in build(cfg, s).dls.train] == [48, 48]
+    learn = build(cfg, s)
+    assert learn.runtime.micro_batch_size == 16
+    assert [len(b) for b in learn.dls.train] == [48, 48]
     assert (
-        replace(cfg, accumulate=1).id != cfg.id
-        and Run().id == Run(accumulate=1, shuffle="all", augment="").id
+        cfg.replace(accumulation_steps=1).id != cfg.id
+        and Run().id == Run(accumulation_steps=1, shuffle="all", augment="").id
     )
 
 
 # parts ----------------------------------------------------------------------------------------------------------------
-
-
-class FakeTeam:
-    def __init__(self, n, rank):
-        self.n, self.rank, self.kept = n, rank, {}
 
 
 @pytest.mark.parametrize(
@@ -493,17 +562,14 @@ class FakeTeam:
 )
 def test_every_row_once(n_rows, n, size):
     sampler = Shuffle(n_rows, 3)
-    shares = [list(Share(sampler, size, FakeTeam(n, r))) for r in range(n)]
+    shares = [DealtBatches(sampler, size, n, r) for r in range(n)]
     dealt = sorted(i for s in shares for b in s for i in b)
-    assert (
-        len(set(dealt)) == len(dealt) >= n_rows - 1
-        and len({len(Share(sampler, size, FakeTeam(n, r))) for r in range(n)}) == 1
-    )
+    assert len(set(dealt)) == len(dealt) >= n_rows - 1
+    assert len({len(s) for s in shares}) == 1
     whole = torch.tensor(list(sampler)).split(size * n)
-    for k, chunk in enumerate(whole[:-1]):
-        assert [
-            i for s in shares for i in s[k]
-        ] == chunk.tolist()  # in the order of the larger batch
+    for k, chunk in enumerate(whole[:-1]):  # in the order of the larger batch
+        assert [i for s in shares for i in list(s)[k]] == chunk.tolist()
+        assert torch.cat(shares[0].rows()[k]).equal(chunk)
 
 
 @pytest.mark.parametrize("n_rows,n,size", [(61, 2, 256), (3, 4, 256), (20, 3, 2)])
@@ -516,9 +582,8 @@ def test_predictions_are_divided_exactly(n_rows, n, size):
         batch_size=size,
         collate_fn=collate,
     )
-    assert [
-        int(i) for r in range(n) for b in part_of(dl, FakeTeam(n, r)) for i in b.idx
-    ] == list(range(n_rows))
+    parts = [b for r in range(n) for b in part_of(dl, n, r)]
+    assert [int(i) for b in parts for i in b.idx] == list(range(n_rows))
 
 
 def test_shards_keep_neighbors_together_and_change_with_the_epoch():
@@ -537,22 +602,32 @@ def test_shards_keep_neighbors_together_and_change_with_the_epoch():
         s.streams(21)
 
 
-def test_buckets():
-    params = [torch.zeros(n) for n in (3, 3, 10, 1, 1)]
-    assert [[len(p) for p in b] for b in gradient_buckets(params, 6)] == [
-        [3, 3],
-        [10],
-        [1, 1],
-    ] and gradient_buckets([]) == [[]]
+class Twin:
+    "An accelerator whose second process has sent the same"
+
+    def reduce(self, x, how):
+        return x + x
+
+
+def test_one_sum_of_gradients_losses_and_what_was_used():
+    params = [torch.zeros(2, 3), torch.zeros(4)]
+    grads, sums = reduced_gradients(
+        Twin(), params, [torch.ones(2, 3), None], torch.tensor([0.5, 1.0])
+    )
+    assert grads[0].equal(torch.full((2, 3), 2.0)) and grads[1] is None
+    assert sums.equal(torch.tensor([1.0, 2.0]))
 
 
 @pytest.mark.parametrize(
     "kw,says",
     [
-        ({"accumulate": 0}, "accumulate=0: must be a whole number of at least 1"),
+        (
+            {"accumulation_steps": 0},
+            "accumulation_steps=0: must be a whole number of at least 1",
+        ),
         ({"shuffle": "shard"}, "must be 'all' or 'shards'"),
         ({"augment": "zoom"}, "'crop', 'flip' or 'crop,flip'"),
-        ({"acumulate": 2}, "did you mean 'accumulate'"),
+        ({"acumulation_steps": 2}, "did you mean 'accumulation_steps'"),
     ],
 )
 def test_wrong_options_are_one_sentence(kw, says):

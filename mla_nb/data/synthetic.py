@@ -397,8 +397,8 @@ def render(
     x = {m: _items(m, s, knobs, rng) for m, s in states.items()}
     return StateSamples(x, y, states)
 
-# %% ../../nbs/02_synthetic.ipynb #e96ba0fb
-@datasets
+# %% ../../nbs/02_synthetic.ipynb #1eb500e5
+@datasets.register(modalities=("audio", "visual", "text"), classes=tuple(MOODS))
 def synthetic(
     preset: str = "lazy",  # 'lazy' or 'balanced'
     seed: int = 0,  # another seed, other samples
@@ -416,7 +416,7 @@ def synthetic(
     k, wanted = turn_knobs(preset, **knobs), [m.strip() for m in modalities.split(",")]
     kinds = {
         "audio": Modality("audio", "wave", {"rate": k.rate}),
-        "visual": Modality("visual", "image"),
+        "visual": Modality("image", "image"),
         "text": Modality("text", "text"),
     }
     for m in wanted:

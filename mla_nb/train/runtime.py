@@ -139,7 +139,9 @@ class Augment:
         what: str,  # one of `kinds`
         learn,  # its seed and epoch decide how
     ):
-        preps = {m: e.preprocessor for m, e in learn.net.encoders.items()}
+        preps = {
+            m: getattr(e, "preprocessor", None) for m, e in learn.net.encoders.items()
+        }
         self.preprocessors = {m: p for m, p in preps.items() if hasattr(p, "vary")}
         self.what, self.learn = what, learn
         if not self.preprocessors:
@@ -465,7 +467,7 @@ class Runtime(Processes):
         if learn.per_loss and learn.method.compares_rows and self.micro_batch_size:
             raise InputError(
                 "micro-batches: a loss that compares rows has no gradient per named "
-                "loss in parts; leave out micro_batch_size (accumulate=1)."
+                "loss in parts; leave out micro_batch_size (accumulation_steps=1)."
             )
         self.place(learn)
         self.wrap_loaders(learn)
