@@ -88,10 +88,10 @@ demo: prepare-$(DATASET) $(if $(filter features,$(ENCODER)),features) ## concat 
 	    -p dataset $(DATASET) -p method $$m -p encoder '$(SPEC)' -p epochs $(EPOCHS) -p seed $(SEED) $(TRAIN) \
 	    -r dataset_args '$(DATASET_ARGS)' -p root $(DEMO)/$(DATASET); \
 	done
-	@echo; $(BIN)/mla_table $(DEMO)/$(DATASET) --plot $(DEMO)/$(DATASET)/accuracies.png
+	@echo; $(BIN)/mla table $(DEMO)/$(DATASET) --plot $(DEMO)/$(DATASET)/accuracies.png
 	@echo; echo "the same as a picture, a panel per run: $(DEMO)/$(DATASET)/accuracies.png"
 	@echo "(laziness: under concat a modality stays far below what is possible, or below what it reaches under mla)"
-	@echo; echo "the runs, for mla_predict and mla_doctor:"; ls -d $(DEMO)/$(DATASET)/*/
+	@echo; echo "the runs, for mla predict and mla doctor:"; ls -d $(DEMO)/$(DATASET)/*/
 
 features: prepare-$(DATASET) ## encoders run over a prepared dataset once: make features DATASET=iemocap FEATURES=SPEC
 	$(BIN)/python data_scripts/extract_features.py --dataset '$(DATASET)' $(if $(MADE),--variant $(MADE)) --encoder '$(FEATURES)' $(if $(FORCE),--force)
@@ -104,7 +104,7 @@ prepare-digits: $(READY)
 $(MEDIA:%=prepare-%): prepare-%: $(READY)
 	$(BIN)/python data_scripts/prepare_$*.py $(if $(ROOT),--root '$(ROOT)' $(if $(SPLIT),--split $(SPLIT)),--miniature)
 prepare-%: $(READY)
-	@$(BIN)/python -c "from mla_nb.core import *; discover(); raise SystemExit(str(unknown('dataset', '$*', datasets)) if '$*' not in datasets else '$* has no demo; see data_scripts/prepare_$*.py --help')"
+	@$(BIN)/python -c "from mla_nb.core import datasets, discover, unknown; discover(); raise SystemExit(str(unknown('dataset', '$*', datasets)) if '$*' not in datasets else '$* has no demo; see data_scripts/prepare_$*.py --help')"
 
 lint: $(READY) ## layout and lint of notebooks, package and tests; which wing may import which
 	$(BIN)/ruff format --check nbs tests tools benchmarks results data_scripts docs setup.py
@@ -136,8 +136,9 @@ lab: $(READY) ## JupyterLab on the chapters
 chapter: $(READY) ## execute chapters in place: make chapter N=10
 	$(if $(N),$(BIN)/python tools/nbs.py run $(N),@echo "which one? make chapter N=10"; exit 1)
 
-export: $(READY) ## notebooks -> mla_nb/
+export: $(READY) ## notebooks -> mla_nb/, and the index of all names
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/index.py
 readme: $(READY) ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/nbs.py readme
 clean: $(READY) ## store the notebooks without execution counts and stray metadata

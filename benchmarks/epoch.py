@@ -25,6 +25,7 @@ from step import CLOCK, DEVICE, batch, normalized_text, seconds
 from mla_nb.core import datasets, discover
 from mla_nb.data.prepared import load_prepared
 from mla_nb.encoders.audio import resnet18_trunk
+from mla_nb.encoders.base import ModuleEncoder
 from mla_nb.encoders.image import OverFrames
 from mla_nb.runs.run import Run, run
 from mla_nb.train.checkpoints import Saver
@@ -40,7 +41,12 @@ def measure(n=64, B=16, epochs=3, size=224, workers=0, encoder="resnet18", root=
     torch.manual_seed(0)
     b = batch({"audio": (1, *AUDIO), "video": (FRAMES, 3, size, size)}, B, CLASSES)
     plain = normalized_text(
-        {"audio": resnet18_trunk(1), "video": OverFrames(resnet18_trunk(3))}, b, CLASSES
+        {
+            "audio": ModuleEncoder(resnet18_trunk(1), 512),
+            "video": OverFrames(resnet18_trunk(3), 512),
+        },
+        b,
+        CLASSES,
     )
 
     def counted(f, name):

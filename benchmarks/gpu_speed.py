@@ -21,6 +21,7 @@ from torch import nn
 
 from mla_nb.core import Batch
 from mla_nb.encoders.audio import resnet18_trunk
+from mla_nb.encoders.base import Encoder, ModuleEncoder
 from mla_nb.encoders.image import OverFrames
 from mla_nb.heads import make_net
 from mla_nb.methods.mla import mla
@@ -46,19 +47,16 @@ WAYS = {
 }
 
 
-class Transformer(nn.Module):
+class Transformer(Encoder):
     "A transformer on patches of 16 × 16, the mean of its last layer; base: 12 layers, width 768"
 
     def __init__(self, channels, width=768, layers=12, heads=12):
-        super().__init__()
+        super().__init__(width)
         self.patches = nn.Conv2d(channels, width, 16, 16)
         layer = nn.TransformerEncoderLayer(
             width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
         )
-        self.body, self.num_features = (
-            nn.TransformerEncoder(layer, layers, enable_nested_tensor=False),
-            width,
-        )
+        self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
     def forward(self, x):
         return self.body(self.patches(x).flatten(2).transpose(1, 2)).mean(1)
@@ -75,8 +73,8 @@ def setting(name, tiny):
         )
         return (
             lambda: {
-                "audio": resnet18_trunk(1),
-                "video": OverFrames(resnet18_trunk(3)),
+                "audio": ModuleEncoder(resnet18_trunk(1), 512),
+                "video": OverFrames(resnet18_trunk(3), 512),
             },
             shapes,
             4 if tiny else 64,

@@ -21,10 +21,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from mla_nb.core import collate, stack
+from mla_nb.data.decode import encode_image
 from mla_nb.data.media import RATE, media_modalities, media_options
 from mla_nb.data.prepared import load_prepared, prepare
-from mla_nb.encoders.audio import excerpt, log_spectrogram
-from mla_nb.encoders.image import Pixels, encode_image
+from mla_nb.encoders.image import Pixels
+from mla_nb.signals import excerpt, log_spectrogram
 
 SIZE, FRAMES = 224, 3
 
@@ -128,7 +129,7 @@ def loader(n):
         pixels = Pixels(SIZE)
         preprocessor = {
             "audio": lambda items: stack(items)[:, None],
-            "video": pixels.pack,
+            "video": pixels,
         }
 
         def batches(rows):
@@ -140,7 +141,7 @@ def loader(n):
                 rate(
                     DataLoader(ours, collate_fn=batches, **kw),
                     n,
-                    lambda b: pixels.finish(b.x["video"]),
+                    lambda b: pixels.normalize(b.x["video"]),
                 ),
                 rate(DataLoader(theirs, **kw), n),
             )
@@ -163,14 +164,14 @@ def parts(ours, theirs, preprocessor):
         return 1000 * (time.perf_counter() - t) / n
 
     items, pixels = [ours[i] for i in range(16)], Pixels(SIZE)
-    packed = pixels.pack([i["x"]["video"] for i in items])
+    packed = pixels([i["x"]["video"] for i in items])
     theirs[0]  # imports torchvision
-    from mla_nb.encoders.image import decode_image
+    from mla_nb.data.decode import decode_image
 
     raw = ours.ds[0]["video"]
     print(
         f"  prepared: read and decode {ms(lambda i: ours[i]):.1f} ms (of it JPEG {ms(lambda i: [decode_image(f) for f in raw]):.1f}), "
-        f"collate {ms(lambda i: collate(items, preprocessor), 3) / 16:.1f}, float and normalize {ms(lambda i: pixels.finish(packed), 3) / 16:.1f} (in the process that trains)"
+        f"collate {ms(lambda i: collate(items, preprocessor), 3) / 16:.1f}, float and normalize {ms(lambda i: pixels.normalize(packed), 3) / 16:.1f} (in the process that trains)"
     )
     first = theirs.folder / "0" / "00000.jpg"
     print(

@@ -17,10 +17,12 @@ import torch
 from step import DEVICE, seconds
 
 from mla_nb.core import Batch, collate, stack
+from mla_nb.data.decode import encode_image
 from mla_nb.data.media import media_modalities, media_options
 from mla_nb.data.prepared import load_prepared, prepare
 from mla_nb.encoders.audio import resnet18_trunk
-from mla_nb.encoders.image import OverFrames, Pixels, encode_image
+from mla_nb.encoders.base import ModuleEncoder
+from mla_nb.encoders.image import OverFrames, Pixels
 from mla_nb.heads import make_net
 from mla_nb.methods.mla import mla
 from mla_nb.train.learner import Learner, Recorder
@@ -80,7 +82,10 @@ def clips(folder, n, size=224, frames=FRAMES):
 def parts(B, size=224):
     "Name -> (closure to time, what is to be done before it); ResNet-18 for both"
     torch.manual_seed(0)
-    encs = {"audio": resnet18_trunk(1), "video": OverFrames(resnet18_trunk(3))}
+    encs = {
+        "audio": ModuleEncoder(resnet18_trunk(1), 512),
+        "video": OverFrames(resnet18_trunk(3), 512),
+    }
     net, method = make_net(mla().head, encs, CLASSES).to(DEVICE), mla()
     x = {
         "audio": torch.randn(B, 1, *AUDIO),
@@ -151,13 +156,13 @@ def partial_(f, *a):
 
 def data_parts(s, B, size=224):
     pixels, rows = Pixels(size), list(range(B))
-    preprocessor = {"audio": lambda items: stack(items)[:, None], "video": pixels.pack}
+    preprocessor = {"audio": lambda items: stack(items)[:, None], "video": pixels}
     items = s.train.__getitems__(rows)
     packed = collate(items, preprocessor)
     return {
         "data: read and decode": lambda: s.train.__getitems__(rows),
         "data: collate": lambda: collate(items, preprocessor),
-        "data: bytes to floats": lambda: pixels.finish(packed.x["video"].to(DEVICE)),
+        "data: bytes to floats": lambda: pixels.normalize(packed.x["video"].to(DEVICE)),
     }
 
 

@@ -18,8 +18,8 @@ import soundfile as sf
 import torch
 
 from mla_nb.core import collate, discover, encoders
+from mla_nb.data.decode import encode_image
 from mla_nb.data.media import media_modalities, media_options
-from mla_nb.encoders.image import encode_image
 from mla_nb.heads import make_net
 from mla_nb.methods.mla import mla
 from mla_nb.predict import Predictor
@@ -69,10 +69,7 @@ def stages(p, sources):
     t = [time.perf_counter()]
     item = p.read(sources, "a")
     t.append(time.perf_counter())
-    preprocessors = {
-        m: getattr(e.preprocessor, "pack", e.preprocessor)
-        for m, e in p.net.encoders.items()
-    }
+    preprocessors = {m: e.preprocessor for m, e in p.net.encoders.items()}
     b = collate([{"x": item, "y": 0, "idx": 0}], preprocessors)
     z = p.net.features(b)
     t.append(time.perf_counter())

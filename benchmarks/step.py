@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from mla_nb.core import Batch, collate, discover, encoders
 from mla_nb.data.synthetic import synthetic
 from mla_nb.encoders.audio import resnet18_trunk
+from mla_nb.encoders.base import ModuleEncoder
 from mla_nb.encoders.image import OverFrames
 from mla_nb.heads import ConcatHead, make_net
 from mla_nb.methods.mla import mla
@@ -74,7 +75,7 @@ def normalized_text(encs, b, classes):
 
     def step():
         for m, e in encs.items():
-            F.cross_entropy(head(e(b.x[m])), b.y).backward()
+            F.cross_entropy(head(e(e.preprocessor.normalize(b.x[m]))), b.y).backward()
             opt.step()
             opt.zero_grad()
 
@@ -117,7 +118,10 @@ def compare(name, make, b, classes, pairs):
 
 def cremad(pairs):
     def make():
-        return {"audio": resnet18_trunk(1), "video": OverFrames(resnet18_trunk(3))}
+        return {
+            "audio": ModuleEncoder(resnet18_trunk(1), 512),
+            "video": OverFrames(resnet18_trunk(3), 512),
+        }
 
     b = batch({"audio": (1, 257, 188), "video": (3, 3, 224, 224)}, 16, 6)
     compare("CREMA-D shapes, ResNet-18, batch 16", make, b, 6, pairs)
@@ -148,7 +152,7 @@ def small(pairs):
 def peak(joint, out):
     "Peak memory of one step above what was there before it, in MiB"
     torch.manual_seed(0)
-    encs = {m: OverFrames(resnet18_trunk(3)) for m in ("left", "right")}
+    encs = {m: OverFrames(resnet18_trunk(3), 512) for m in ("left", "right")}
     learn = learner(
         encs,
         batch(dict.fromkeys(encs, (3, 224, 224)), 16, 6),

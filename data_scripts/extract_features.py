@@ -1,14 +1,15 @@
-"""Run encoders over a prepared dataset once, and keep their features as a dataset of the same format.
+"""Run encoders over a prepared dataset once, and keep their features as a dataset of
+the same format.
 
-    python data_scripts/extract_features.py --dataset food101 --encoder hf:openai/clip-vit-base-patch32
-    python data_scripts/extract_features.py --data data/iemocap-miniature --encoder 'audio=small,video=timm:resnet50,text=hf:bert-base-uncased'
-    python data_scripts/extract_features.py --dataset iemocap --variant miniature --run runs/RUN
+    python data_scripts/extract_features.py --dataset food101 --encoder timm:resnet50
+    python data_scripts/extract_features.py --data data/mine --encoder 'audio=small'
+    python data_scripts/extract_features.py --dataset iemocap --run runs/RUN
 
 The first makes data/food101-features, on which a run takes seconds:
 
-    mla_run --dataset food101 --dataset_args variant=features --encoder features
+    mla train --dataset food101 --dataset_args variant=features --encoder features
 
-Doing it twice does nothing; if it was killed, the same command goes on where it stopped.
+Extraction is idempotent and resumes after a kill.
 """
 
 from mla_nb.features import extract_main

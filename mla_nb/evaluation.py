@@ -18,8 +18,8 @@ from torch import tensor
 
 from .core import InputError, rules
 from .heads import Net
-from .methods.fusion import entropy, make_rule
 from .methods.base import Method, Pred, predictions
+from .methods.fusion import entropy, make_rule
 from .train.loaders import Loaders
 
 # %% ../nbs/16_evaluation.ipynb #298f7b32

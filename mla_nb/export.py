@@ -12,19 +12,17 @@ import logging
 import math
 import os
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn, tensor
 
-from .core import Batch, InputError
+from .core import Batch
 from .data.synthetic import subsets
 from .heads import Head, Net
-from .predict import Predictor
-from .predict_table import exporters
-from .tools import write_atomic
 from .methods.base import fuse, predict
+from .predict import Classifier, exporters
+from .tools import InputError, write_atomic
 
 # %% ../nbs/41_export.ipynb #9fae9b4f
 def by_subset(
@@ -86,7 +84,7 @@ class Whole(nn.Module):
 
 # %% ../nbs/41_export.ipynb #e5f4358c
 def example(
-    p: Predictor,
+    p: Classifier,
     n: int = 3,  # rows
     seed: int = 0,
 ) -> tuple:  # ({modality: prepared tensors}, (n,M) bool)
@@ -126,7 +124,7 @@ def example(
     return {m: hole(v, h) for (m, v), h in zip(x.items(), present.T)}, present
 
 # %% ../nbs/41_export.ipynb #02489e4f
-def by_python(p: Predictor, x: dict, present) -> tuple:
+def by_python(p: Classifier, x: dict, present) -> tuple:
     "The same outputs from `predict`, which encodes nothing that is absent"
     n = len(present)
     r = predict(
@@ -142,7 +140,7 @@ def by_python(p: Predictor, x: dict, present) -> tuple:
 
 # %% ../nbs/41_export.ipynb #8f5d3cf2
 def traced(
-    p: Predictor,
+    p: Classifier,
 ):  # torch.export.ExportedProgram
     "The graph of the whole net, for any batch size"
     batch, (x, present) = torch.export.Dim("batch", min=1, max=65536), example(p, 5)
@@ -189,7 +187,7 @@ def flat_inputs(x: dict, present) -> dict:
     return {**out, "present": present}
 
 # %% ../nbs/41_export.ipynb #d483830a
-def described(p: Predictor) -> dict:
+def described(p: Classifier) -> dict:
     "What an exported graph needs to know: classes, inputs, how they are prepared"
     inputs = {
         k: {
@@ -205,7 +203,7 @@ def described(p: Predictor) -> dict:
         "outputs": ["fused", "logits", *(["weights"] if p.method.rule else [])],
         "rule": rule_name(p.method.rule),
         "preprocessors": {
-            m: dict(kind=type(e.preprocessor).__name__, **asdict(e.preprocessor))
+            m: {"kind": type(e.preprocessor).__name__, **e.preprocessor.config()}
             for m, e in p.net.encoders.items()
         },
         "dataset": p.about.get("dataset", {}),
@@ -213,7 +211,7 @@ def described(p: Predictor) -> dict:
 
 # %% ../nbs/41_export.ipynb #1c8610b2
 def check_export(
-    p: Predictor,
+    p: Classifier,
     ask,  # (x, present) -> the outputs of the exported graph
     tol: float = 1e-4,
 ):
@@ -244,7 +242,7 @@ def _target(path, suffix):
 
 # %% ../nbs/41_export.ipynb #de086ccb
 def export_program(
-    p: Predictor,
+    p: Classifier,
     path,  # e.g. 'model.pt2'
 ) -> Path:
     "The whole net as a torch.export program, checked against Python; `torch.export.load(path).module()` runs it"
@@ -284,7 +282,7 @@ def run_onnx(
 
 # %% ../nbs/41_export.ipynb #26b76a02
 def export_onnx(
-    p: Predictor,
+    p: Classifier,
     path,  # e.g. 'model.onnx'
 ) -> Path:
     "The whole net as ONNX, with the fusion inside and the preparation described in its metadata; checked with onnxruntime where that is installed"

@@ -9,7 +9,6 @@ __all__ = ['Vectors', 'MLP', 'features', 'Extractor', 'weights_of', 'chosen', 'e
 import argparse
 import hashlib
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,44 +23,42 @@ from mla_nb.core import (
     datasets,
     discover,
     encoders,
-    stack,
     unknown,
     validate_option,
 )
 from .data.media import media_folder, summary
 from .data.prepared import META, load_prepared, prepare
-from .encoders.audio import with_preprocessor
+from .encoders.base import Encoder, Preprocessor
 from .heads import Net, SeparateHead
 from .runs.run import encoder_names, load_run, make_encoders
 from .tools import read_json, set_seed
 
 # %% ../nbs/19_features.ipynb #5f21ffe6
-@dataclass
-class Vectors:
-    "Feature vectors -> (B,D), each feature with mean 0 and sd 1 over the training set"
+class Vectors(Preprocessor):
+    "Feature vectors -> (B,D), each feature with mean 0 and deviation 1 in training"
 
-    mean: list = ()
-    std: list = ()
+    def __init__(self, mean=(), std=()):
+        super().__init__()
+        self.statistic("mean", mean)
+        self.statistic("std", std)
 
     def fit(self, items) -> "Vectors":
-        "Take mean and sd from training items (at most 2,000 of them)"
-        x = stack(items[:2000]).float()
-        self.mean, self.std = (
-            x.mean(0).tolist(),
-            x.std(0, unbiased=False).clamp(min=1e-6).tolist(),
-        )
+        "Take mean and deviation from at most 2,000 training items"
+        x = self(items[:2000]).float()
+        self.mean = x.mean(0)
+        self.std = x.std(0, unbiased=False).clamp(min=1e-6)
         return self
 
-    def __call__(self, items):
-        return (stack(items).float() - torch.tensor(self.mean)) / torch.tensor(self.std)
+    def normalize(self, x):
+        "(B,D) standardized vectors"
+        return (x.float() - self.mean) / self.std
 
 # %% ../nbs/19_features.ipynb #27e5e61e
-class MLP(nn.Module):
+class MLP(Encoder):
     "Standardized features -> (B,width): one hidden layer; hidden=0: none, just a linear layer"
 
-    def __init__(self, d: int, width: int = 64, hidden: int = 128):
-        super().__init__()
-        self.num_features = width
+    def __init__(self, d: int, width: int = 64, hidden: int = 128, *args, **kwargs):
+        super().__init__(width, *args, **kwargs)
         self.net = (
             nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Linear(hidden, width))
             if hidden
@@ -84,14 +81,12 @@ def features(
         raise InputError(
             f"encoder=features reads extracted features, and these items are of the form {mod.form!r}; extract them first (data_scripts/extract_features.py)."
         )
-    preprocessor = Vectors(**preprocessor) if preprocessor else Vectors().fit(items)
-    return with_preprocessor(
-        MLP(
-            len(preprocessor.mean),
-            validate_option("width", width, int, 1),
-            validate_option("hidden", hidden, int, 0),
-        ),
-        preprocessor,
+    fitted = Vectors.from_config(preprocessor) if preprocessor else Vectors().fit(items)
+    return MLP(
+        len(fitted.mean),
+        validate_option("width", width, int, 1),
+        validate_option("hidden", hidden, int, 0),
+        fitted,
     )
 
 
@@ -117,9 +112,7 @@ class Extractor:
             torch.device(device),
             None,
         )
-        self.preprocessors = {
-            m: getattr(e.preprocessor, "pack", e.preprocessor) for m, e in encs.items()
-        }
+        self.preprocessors = {m: e.preprocessor.copy() for m, e in encs.items()}
         self.net = (
             Net(
                 encs,
@@ -191,7 +184,7 @@ def weights_of(enc) -> dict:
             .numpy()
             .tobytes()
         )
-    return {"source": getattr(enc, "weights", "random"), "sha256": sha.hexdigest()}
+    return {"source": enc.weights_source, "sha256": sha.hexdigest()}
 
 # %% ../nbs/19_features.ipynb #43fcf4e9
 def chosen(
@@ -228,7 +221,7 @@ def _trained(s, folder):
                 f"the run {folder} reads {m} as {theirs['form']} {theirs['info'].get('shape', '')}, and the dataset {s.name!r} has {mine.form} {mine.info.get('shape', '')}; give the dataset it was trained on."
             )
     for e in net.encoders.values():
-        e.weights = f"run {Path(folder).name}"
+        e.weights_source = f"run {Path(folder).name}"
     return dict(net.encoders)
 
 # %% ../nbs/19_features.ipynb #2f3f93e6
@@ -348,7 +341,7 @@ def _parser(doc):
         "--encoder",
         default="",
         metavar="SPEC",
-        help="as in mla_run, e.g. hf:openai/clip-vit-base-patch32 or 'audio=…,image=…' (default: none; this or --run is needed)",
+        help="as in mla train, e.g. hf:openai/clip-vit-base-patch32 or 'audio=…,image=…' (default: none; this or --run is needed)",
     )
     p.add_argument(
         "--run",

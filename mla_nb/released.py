@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['SLOTS', 'HEADS', 'OWN_HEADS', 'LIKELY', 'M3AE_NAMES', 'IMAGENET', 'IDLE', 'resnet_shapes', 'm3ae_shapes',
-           'cavmae_shapes', 'released_shapes', 'which_model', 'which_head', 'as_ours', 'NoWords', 'released_prep',
-           'head_state', 'released_method', 'load_released']
+           'cavmae_shapes', 'released_shapes', 'which_model', 'which_head', 'as_ours', 'NoWords',
+           'released_preprocessor', 'head_state', 'released_method', 'load_released']
 
 # %% ../nbs/24_released.ipynb #1c4cfdf3
 import math
 import re
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from .core import InputError, methods, unknown
 from .encoders.audio import Standardize, resnet18_trunk
+from .encoders.base import ModuleEncoder
 from .encoders.image import OverFrames, Pixels
 from .encoders.masked import CAVMAE, M3AE, SIZES
 from .encoders.patched import Bands, load_tokenizer
@@ -270,95 +271,85 @@ def _depth(names, width):
 
 # %% ../nbs/24_released.ipynb #01873e5e
 def _as_resnet(part, m, heads, where):
-    "A ResNet-18, whose names are torchvision's"
-    return resnet18_trunk(1 if m == "audio" else 3), {k: k for k in part}
+    "A ResNet-18, whose names are torchvision's, and its width"
+    return resnet18_trunk(1 if m == "audio" else 3), 512, {k: k for k in part}
 
 # %% ../nbs/24_released.ipynb #56d9c823
 def _as_m3ae(part, m, heads, where):
-    "An M3AE of this size"
-    names, reads, other = (
-        {renamed(k, M3AE_NAMES): k for k in part},
-        *(
-            ("text", ("patches", "type_image"))
-            if m == "text"
-            else ("image", ("tokens", "type_text"))
-        ),
-    )
-    w, vocab = (
-        _shape(part, "cls_token", where)[-1],
-        _shape(part, "text_embedding.weight", where)[0],
-    )
+    "An M3AE of this size, and its width"
+    names = {renamed(k, M3AE_NAMES): k for k in part}
+    reads = "text" if m == "text" else "image"
+    other = {"text": ("patches", "type_image"), "image": ("tokens", "type_text")}[reads]
+    w = _shape(part, "cls_token", where)[-1]
+    vocab = _shape(part, "text_embedding.weight", where)[0]
     patch = math.isqrt(_shape(part, "image_embedding.weight", where)[-1] // 3)
-    return M3AE(
-        w,
-        _depth(names, w),
-        heads or max(1, w // 64),
-        (reads,),
-        vocab,
-        patch,
-        pool="all",
-    ), {k: v for k, v in names.items() if k.split(".")[0] not in other}
+    heads = heads or max(1, w // 64)
+    net = M3AE(w, _depth(names, w), heads, (reads,), vocab, patch, pool="all")
+    return net, w, {k: v for k, v in names.items() if k.split(".")[0] not in other}
 
 # %% ../nbs/24_released.ipynb #8cb61782
 def _as_cavmae(part, m, heads, where):
-    "One path of a CAV-MAE of this size"
+    "One path of a CAV-MAE of this size, and its width"
     side, channels = ("a", 1) if m == "audio" else ("v", 3)
-    names, (_, n, w) = (
-        one_path({k: k for k in part}, side),
-        _shape(part, f"pos_embed_{side}", where),
-    )
+    names = one_path({k: k for k in part}, side)
+    _, n, w = _shape(part, f"pos_embed_{side}", where)
     rows = 8 if side == "a" else math.isqrt(n)
-    return CAVMAE(
-        w, _depth(names, w), heads or max(1, w // 64), channels, (rows, n // rows)
-    ), names
+    heads = heads or max(1, w // 64)
+    net = CAVMAE(w, _depth(names, w), heads, channels, (rows, n // rows))
+    return net, w, names
 
 # %% ../nbs/24_released.ipynb #03df8ff8
-def as_ours(part: dict, m: str, heads=None, where="this file") -> tuple:
-    "An encoder of ours for a slot, and where each of its weights is found: our name -> their name"
-    make = (
-        _as_resnet
-        if "conv1.weight" in part
-        else _as_cavmae
-        if any(k.startswith("blocks_") for k in part)
-        else _as_m3ae
-    )
-    net, names = make(part, m, heads, where)
-    return (
-        (OverFrames(net), {f"net.{k}": v for k, v in names.items()})
-        if m in ("video", "image")
-        else (net, names)
-    )
+def as_ours(
+    part: dict,  # the weights of one slot
+    m: str,  # modality
+    heads=None,  # of attention; None: one for every 64 features
+    where="this file",  # what to call it in an error
+    preprocessor=None,  # makes a preprocessor from the network; None: no preprocessing
+) -> tuple:  # (Encoder, our name -> their name)
+    "An encoder of ours for a slot, and where each of its weights is found"
+    if "conv1.weight" in part:
+        make = _as_resnet
+    elif any(k.startswith("blocks_") for k in part):
+        make = _as_cavmae
+    else:
+        make = _as_m3ae
+    net, width, names = make(part, m, heads, where)
+    wrap = OverFrames if m in ("video", "image") else ModuleEncoder
+    enc = wrap(net, width, preprocessor and preprocessor(net))
+    return enc, {f"net.{k}": v for k, v in names.items()}
 
 # %% ../nbs/24_released.ipynb #d5a13292
-@dataclass
 class NoWords(Tokens):
     "Stands for a dictionary that is not there"
 
-    def __call__(self, texts):
+    def forward(self, items):
+        "Refuse to read texts"
         raise InputError(
-            "this checkpoint does not hold the dictionary it was trained with (BERT's, uncased); give its vocab.txt or tokenizer.json as tokenizer=…."
+            "this checkpoint does not hold the dictionary it was trained with (BERT's, "
+            "uncased); give its vocab.txt or tokenizer.json as tokenizer=…."
         )
 
 # %% ../nbs/24_released.ipynb #f963f844
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def released_prep(model: str, m: str, enc, tokenizer: str = ""):
+def released_preprocessor(
+    model: str,  # of `SLOTS`
+    m: str,  # modality
+    net,  # the network that will read the items
+    tokenizer: str = "",  # BERT's vocab.txt or tokenizer.json
+):
     "What the released code does to raw items"
     if m == "text":
         return load_tokenizer(tokenizer, 256) if tokenizer else NoWords(length=256)
+    if m == "audio" and model == "av":
+        return Standardize()
     if m == "audio":
-        return (
-            Standardize()
-            if model == "av"
-            else Bands(
-                -5.081, 4.4849, shape=tuple(16 * n for n in enc.grid), turned=True
-            )
-        )
-    return Pixels(
-        224 if model == "av" else 16 * enc.net.grid[0] if model == "cav" else 256,
-        **IMAGENET,
-    )
+        shape = tuple(16 * n for n in net.grid)
+        return Bands(-5.081, 4.4849, shape=shape, turned=True)
+    if model == "cav":
+        return Pixels(16 * net.grid[0], **IMAGENET)
+    return Pixels(224 if model == "av" else 256, **IMAGENET)
 
 # %% ../nbs/24_released.ipynb #a1edf0a7
 def head_state(state: dict, head: str, mods) -> dict:
@@ -399,18 +390,14 @@ def load_released(
     state = load_tensors(path)
     model, encs, names = which_model(state, path), {}, {}
     for m, slot in SLOTS[model].items():
-        encs[m], found = as_ours(
-            {
-                k.removeprefix(f"{slot}."): v
-                for k, v in state.items()
-                if k.startswith(f"{slot}.")
-            },
-            m,
-            heads,
-            path,
-        )
+        part = {
+            k.removeprefix(f"{slot}."): v
+            for k, v in state.items()
+            if k.startswith(f"{slot}.")
+        }
+        fitted = partial(released_preprocessor, model, m, tokenizer=tokenizer)
+        encs[m], found = as_ours(part, m, heads, path, fitted)
         names |= {f"encoders.{m}.{k}": f"{slot}.{v}" for k, v in found.items()}
-        encs[m].preprocessor = released_prep(model, m, encs[m], tokenizer)
     head = which_head(state, {m: e.num_features for m, e in encs.items()}, path)
     names |= {f"head.{k}": v for k, v in head_state(state, head, encs).items()}
     method = released_method(head, model, rule)

@@ -72,7 +72,7 @@ def row(cfg, setting, rate, accuracy):
     flags = {
         k: getattr(cfg, k) for k in ("missing", "missing_test") if getattr(cfg, k)
     } | ({"missing_fill": cfg.missing_fill} if cfg.missing_fill != "skip" else {})
-    command = f"mla_run --dataset synthetic --dataset_args 'preset=lazy,n_train=800' --method {cfg.method} --lr {cfg.lr} --epochs {EPOCHS} --seed {cfg.seed}"
+    command = f"mla train --dataset synthetic --dataset_args 'preset=lazy,n_train=800' --method {cfg.method} --lr {cfg.lr} --epochs {EPOCHS} --seed {cfg.seed}"
     hidden = s.info.get("missing", {}).get("test", {"": 0.0})
     return dict(
         setting=setting,

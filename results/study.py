@@ -70,7 +70,7 @@ def row(data, cfg, r):
     args = ",".join(f"{k}={v}" for k, v in cfg.method_args.items())
     options = ",".join(f"{k}={v}" for k, v in cfg.dataset_args.items())
     command = (
-        f"mla_run --dataset {cfg.dataset} --dataset_args '{options}' --method {cfg.method}"
+        f"mla train --dataset {cfg.dataset} --dataset_args '{options}' --method {cfg.method}"
         + (f" --method_args '{args}'" if args else "")
         + f" --lr {cfg.lr} --seed {cfg.seed}"
     )

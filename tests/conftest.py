@@ -59,6 +59,7 @@ def killed_at_the_second_shard(tmp_path, path, *args):
     (tmp_path / "die/sitecustomize.py").write_text(
         DIE
     )  # read by whatever Python begins with this PYTHONPATH
+    where = [str(tmp_path / "die"), os.environ.get("PYTHONPATH", "")]
     p = subprocess.run(
         [
             sys.executable,
@@ -71,7 +72,7 @@ def killed_at_the_second_shard(tmp_path, path, *args):
         capture_output=True,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "die")},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(where)},
     )
     assert p.returncode == -signal.SIGKILL and not (tmp_path / "cut").exists(), (
         p.stderr[-3000:]
@@ -101,7 +102,7 @@ def together(*how):
     ]
 
 
-def started(*args, cwd, how=("-m", "mla_nb.runs.run")):
+def started(*args, cwd, how=("-m", "mla_nb.cli", "train")):
     "Two processes that train one net"
     args = together(*how, *args)
     env = {

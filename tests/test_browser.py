@@ -298,7 +298,7 @@ from mla_nb.data.synthetic import synthetic
 import mla_nb.encoders.audio, mla_nb.encoders.image, mla_nb.encoders.text
 s = synthetic(n_train=200, n_valid=60, n_test=60)
 encs = {m: encoders[f'small_{mod.kind}'](mod, s.train.column(m)) for m, mod in s.modalities.items()}
-learn = Learner(make_net(ConcatHead, encs, 6), loaders(s, {m: e.prep for m, e in encs.items()}), concat(), callbacks=[Recorder(), LiveView(s.bayes)])
+learn = Learner(make_net(ConcatHead, encs, 6), loaders(s, {m: e.preprocessor for m, e in encs.items()}), concat(), callbacks=[Recorder(), LiveView(s.bayes)])
 learn.fit(500)
 print('epochs', learn.epoch, len(learn.history), learn.stop)
 """

@@ -1,5 +1,9 @@
 """Every entry of every registry keeps its contract, also those that somebody adds tomorrow."""
 
+import copy
+import json
+import pickle
+
 import pytest
 import torch
 
@@ -7,7 +11,6 @@ from mla_nb.core import (
     InputError,
     Modality,
     check_dataset,
-    check_encoder,
     datasets,
     discover,
     encoders,
@@ -15,8 +18,10 @@ from mla_nb.core import (
     rules,
 )
 from mla_nb.data.synthetic import PRESETS, faces, sentences, synthetic, voices
-from mla_nb.heads import Conditioned, Head, check_head
+from mla_nb.encoders.base import Encoder, Preprocessor, check_encoder
+from mla_nb.heads import Head, check_head
 from mla_nb.methods.fusion import check_rule, make_rule
+from mla_nb.methods.joint import Conditioned
 from mla_nb.methods.projection import check_projection
 from mla_nb.train.learner import check_method
 
@@ -98,14 +103,17 @@ def _items(kind, form):
 
 FORMS = {
     "audio": ("wave", "features"),
-    "visual": ("image", "frames"),
+    "image": ("image",),
+    "video": ("frames",),
     "text": ("text",),
 }
 HUB = {
     "hf_audio",
     "hf_text",
-    "hf_visual",
-    "timm_visual",
+    "hf_image",
+    "hf_video",
+    "timm_image",
+    "timm_video",
 }  # need a model to be named: the same contract is in test_hub.py
 ENCODERS = [
     (n, k, f)
@@ -125,16 +133,49 @@ def test_encoder(name, kind, form):
     torch.manual_seed(0)
     enc = encoders[name](mod, items)
     check_encoder(enc, items)
-    from dataclasses import asdict
-
-    again = encoders[name](
-        mod, preprocessor=asdict(enc.preprocessor)
-    )  # a stored prep builds the same encoder without any data
-    assert again.preprocessor == enc.preprocessor
+    stored = json.loads(json.dumps(enc.preprocessor.config()))
+    # a stored config builds the same encoder without any data
+    again = encoders[name](mod, preprocessor=stored)
+    assert again.preprocessor.config() == enc.preprocessor.config()
     again.load_state_dict(enc.state_dict())
     assert {k: v.shape for k, v in again.state_dict().items()} == {
         k: v.shape for k, v in enc.state_dict().items()
     }
+
+
+@pytest.mark.parametrize("name,kind,form", ENCODERS)
+def test_preprocessor(name, kind, form):
+    "Encoded items are small and normalized from buffers; the copy of a worker does the same"
+    items = _items(kind, form)
+    mod = Modality(kind, form, {"rate": 8000, "seconds": 0.6} if form == "wave" else {})
+    enc = encoders[name](mod, items)
+    p = enc.preprocessor
+    assert isinstance(enc, Encoder) and isinstance(p, Preprocessor)
+    assert not list(p.parameters()) and not p.state_dict()  # weights are the encoder's
+    encoded, x = p(items), p.inputs(items)
+    flat = [encoded] if isinstance(encoded, torch.Tensor) else encoded.values()
+    assert all(len(v) == len(items) for v in flat)
+    if form in ("image", "frames"):
+        assert encoded.dtype == torch.uint8  # a quarter of the floats
+    for other in (p.copy(), pickle.loads(pickle.dumps(p)), copy.deepcopy(p)):
+        assert other.config() == p.config()
+        assert _same(other.inputs(items), x)
+    one = [p.encode(i) for i in items]
+    assert _same(stacked(one), encoded, 1e-4)
+    moved = [v.device.type for v in copy.deepcopy(p).to("meta").buffers()]
+    assert set(moved) <= {"meta"}  # nothing is left behind when the encoder moves
+
+
+def stacked(rows):
+    if isinstance(rows[0], dict):
+        return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+    return torch.stack(rows)
+
+
+def _same(a, b, eps=0.0):
+    if isinstance(a, dict):
+        return all(_same(a[k], b[k], eps) for k in b)
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=eps)
 
 
 def test_every_encoder_has_a_kind():

@@ -8,7 +8,6 @@ torchrun --nproc_per_node 2 tests/test_distributed.py FOLDER        is what they
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from mla_nb.core import (
     discover,
     methods,
 )
+from mla_nb.encoders.base import ModuleEncoder
 from mla_nb.heads import make_net
 from mla_nb.methods.base import Callback, GradTransform, Method
 from mla_nb.methods.ensemble import alternating
@@ -64,11 +64,8 @@ def batch(n, seed, missing=0.0, lacks=()):
 
 
 def encoder(width=6, norm=False):
-    e = nn.Sequential(
-        nn.Linear(5, width), *([nn.BatchNorm1d(width)] if norm else []), nn.Tanh()
-    )
-    e.num_features = width
-    return e
+    layers = nn.Linear(5, width), *([nn.BatchNorm1d(width)] if norm else []), nn.Tanh()
+    return ModuleEncoder(nn.Sequential(*layers), width)
 
 
 FIRST, SECOND = slice(0, 8), slice(8, 16)
@@ -477,7 +474,7 @@ def test_the_command_with_gaps_and_shares_of_everything(tmp_path):
         "mla_fixed",
         "--missing",
         ".5",
-        "--accumulate",
+        "--accumulation_steps",
         "2",
         "--augment",
         "flip",
@@ -546,7 +543,7 @@ def test_accumulate_through_run(tmp_path):
     cfg = Run(
         dataset_args="n_train=96,n_valid=32,n_test=32",
         batch_size=16,
-        accumulate=3,
+        accumulation_steps=3,
         root=str(tmp_path),
     )
     s = make_dataset(cfg)
@@ -554,8 +551,8 @@ def test_accumulate_through_run(tmp_path):
     assert learn.runtime.micro_batch_size == 16
     assert [len(b) for b in learn.dls.train] == [48, 48]
     assert (
-        replace(cfg, accumulate=1).id != cfg.id
-        and Run().id == Run(accumulate=1, shuffle="all", augment="").id
+        cfg.replace(accumulation_steps=1).id != cfg.id
+        and Run().id == Run(accumulation_steps=1, shuffle="all", augment="").id
     )
 
 
@@ -626,10 +623,13 @@ def test_one_sum_of_gradients_losses_and_what_was_used():
 @pytest.mark.parametrize(
     "kw,says",
     [
-        ({"accumulate": 0}, "accumulate=0: must be a whole number of at least 1"),
+        (
+            {"accumulation_steps": 0},
+            "accumulation_steps=0: must be a whole number of at least 1",
+        ),
         ({"shuffle": "shard"}, "must be 'all' or 'shards'"),
         ({"augment": "zoom"}, "'crop', 'flip' or 'crop,flip'"),
-        ({"acumulate": 2}, "did you mean 'accumulate'"),
+        ({"acumulation_steps": 2}, "did you mean 'accumulation_steps'"),
     ],
 )
 def test_wrong_options_are_one_sentence(kw, says):

@@ -15,7 +15,6 @@ import time
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -27,6 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import tensor
 
+from mla_nb.cli import main
 from mla_nb.core import InputError, Modality, discover, rules
 from mla_nb.data.media import read_split
 from mla_nb.data.own import own_classes, own_splits, read_table
@@ -34,17 +34,14 @@ from mla_nb.data.prepared import load_prepared, prepare
 from mla_nb.methods.base import Callback, valid_mask
 from mla_nb.methods.fusion import fuse, make_rule
 from mla_nb.reliability import doctor, flip, free_disk, run_checks, versions
-from mla_nb.reliability import main as doctor_main
+from mla_nb.runs.config import Run, parse_args, with_options
 from mla_nb.runs.run import (
-    Run,
     _callbacks,
     build,
     load_run,
     make_dataset,
-    parse_args,
     read_history,
     run,
-    with_options,
 )
 from mla_nb.tools import Locked, digest, locked, read_json, rng_state, set_rng_state
 from mla_nb.train.checkpoints import (
@@ -140,7 +137,7 @@ def outcome(cfg):
 
 
 def another(cfg, name):
-    return replace(cfg, name=name)
+    return cfg.replace(name=name)
 
 
 class Cut(Callback):
@@ -177,17 +174,16 @@ def half(whole):
 
 KILLER = """
 import json, os, random, signal, sys, time
-from dataclasses import replace
 from mla_nb.reliability import forked, killed, warm
 from mla_nb.runs.run import Run
 args = json.loads(sys.argv[1])
 rng, out = random.Random(args['seed']), []
 warm()
 for cfg in (Run(**c) for c in args['runs']):
-    clock = time.perf_counter(); forked(replace(cfg, name='whole')); clock = time.perf_counter() - clock
+    clock = time.perf_counter(); forked(cfg.replace(name='whole')); clock = time.perf_counter() - clock
     left, k = args['kills'].pop(0), 0
     while left > 0 and k < 40:
-        c, k = replace(cfg, name=f'hit{k}'), k + 1
+        c, k = cfg.replace(name=f'hit{k}'), k + 1
         ends = killed(c, [clock * rng.uniform(.1, .95) for _ in range(left)])
         left -= sum(code == -9 for code, _ in ends)
         out.append((cfg.root, c.name, ends))
@@ -196,9 +192,7 @@ print(json.dumps(out))
 
 
 def kill(tmp_path, kills, seed, *configs):
-    runs = [
-        {**asdict(c), "root": str(tmp_path / str(k))} for k, c in enumerate(configs)
-    ]
+    runs = [{**dict(c), "root": str(tmp_path / str(k))} for k, c in enumerate(configs)]
     out = subprocess.run(
         [
             sys.executable,
@@ -214,7 +208,7 @@ def kill(tmp_path, kills, seed, *configs):
     assert out.returncode == 0, out.stderr[-2000:]
     for root, name, ends in json.loads(out.stdout.splitlines()[-1]):
         a, b = (
-            Run(**{**asdict(configs[int(Path(root).name)]), "root": root, "name": n})
+            Run(**{**dict(configs[int(Path(root).name)]), "root": root, "name": n})
             for n in ("whole", name)
         )
         fell = any(q < p for (_, p), (_, q) in zip(ends, ends[1:]))
@@ -259,7 +253,7 @@ def slow(self):
     time.sleep(1. if Path("now").exists() else 0.)
     f(self)
 l.Learner.one_batch = slow
-from mla_nb.runs.run import main; main()
+from mla_nb.cli import main; main()
 """
 PAIR = [
     "--dataset_args",
@@ -297,7 +291,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(
         for x in (f"--{k}", str(v))
     ]
     p = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *args],
+        [sys.executable, "-c", SLOW, "train", *args],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -360,7 +354,7 @@ def test_a_signal_stops_all_processes_at_the_same_batch_and_they_go_on_together(
     (whole_pair / "slow.py").write_text(SLOW)
     name, folder = f"{sig.name}{whom}", whole_pair / f"runs/{sig.name}{whom}"
     (whole_pair / "now").unlink(missing_ok=True)
-    p = started(*PAIR, "--name", name, cwd=whole_pair, how=("slow.py",))
+    p = started(*PAIR, "--name", name, cwd=whole_pair, how=("slow.py", "train"))
     in_the_second_epoch(p, whole_pair)
     if whom == "all":
         os.killpg(
@@ -417,7 +411,8 @@ def test_a_signal_to_a_grid_reaches_its_runs(tmp_path):
             [
                 sys.executable,
                 "-c",
-                "from mla_nb.compare import grid_main; grid_main()",
+                "from mla_nb.cli import main; main()",
+                "grid",
                 *args,
             ],
             cwd=tmp_path,
@@ -505,7 +500,7 @@ def test_a_split_that_is_read_in_workers_goes_on_too(whole, tmp_path):
 
     from mla_nb.train import loaders as batches
 
-    cfg = replace(another(whole, "workers"), workers=2, root=str(tmp_path))
+    cfg = another(whole, "workers").replace(workers=2, root=str(tmp_path))
     with patch("mla_nb.runs.run.loaders", partial(batches.loaders, ready=0)):
         with also(Cut()), pytest.raises(Stopped):
             run(cfg)
@@ -515,7 +510,7 @@ def test_a_split_that_is_read_in_workers_goes_on_too(whole, tmp_path):
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_the_last_k_are_kept(whole, tmp_path, keep):
-    cfg = replace(whole, root=str(tmp_path), keep=keep, save_every=1e-9)
+    cfg = whole.replace(root=str(tmp_path), keep=keep, save_every=1e-9)
     run(cfg)
     assert [p.name for p in checkpoints(cfg.folder)] == [
         "last.pt",
@@ -530,7 +525,7 @@ def test_the_last_k_are_kept(whole, tmp_path, keep):
 
 
 def test_save_every_0_saves_at_the_end_of_epochs_only(whole, tmp_path):
-    cfg, saved = replace(whole, root=str(tmp_path), save_every=0.0), []
+    cfg, saved = whole.replace(root=str(tmp_path), save_every=0.0), []
     with patch.object(
         Saver,
         "save",
@@ -833,7 +828,7 @@ def fill(at, leave):
 
 def test_a_full_disk_loses_nothing(small_disk, whole):
     at, remount = small_disk
-    cfg = replace(whole, root=str(at), name="full")
+    cfg = whole.replace(root=str(at), name="full")
 
     class Fill(Callback):
         order = 50
@@ -864,14 +859,14 @@ def test_a_full_disk_at_the_very_start(small_disk, whole):
     at, _ = small_disk
     fill(at, 0)
     with pytest.raises(InputError, match="no space left"):
-        run(replace(whole, root=str(at), name="full"))
+        run(whole.replace(root=str(at), name="full"))
     tally("disk full while a run saves")
 
 
 def test_a_disk_that_becomes_read_only(small_disk, whole):
     at, remount = small_disk
     remount("size=60m")
-    cfg = replace(whole, root=str(at), name="ro")
+    cfg = whole.replace(root=str(at), name="ro")
     with also(Cut()), pytest.raises(Stopped):
         run(cfg)
     remount("ro")
@@ -987,7 +982,7 @@ def test_a_worker_that_is_really_killed(whole, tmp_path):
                     if mine:
                         os.kill(int(p.name), signal.SIGKILL)
 
-    cfg = replace(whole, root=str(tmp_path), workers=2)
+    cfg = whole.replace(root=str(tmp_path), workers=2)
     with (
         patch("mla_nb.runs.run.loaders", partial(batches.loaders, ready=0)),
         also(Murder()),
@@ -1069,7 +1064,7 @@ def test_a_dataset_is_prepared_by_one_process_at_a_time(toy, tmp_path):
 def test_a_grid_reports_a_run_that_is_taken(whole, tmp_path):
     from mla_nb.compare import grid
 
-    cfg = replace(whole, root=str(tmp_path), name="")
+    cfg = whole.replace(root=str(tmp_path), name="")
     cfg.folder.mkdir(parents=True)
     p = holder(cfg.folder / ".lock")
     [r] = grid([cfg], label="")
@@ -1183,12 +1178,12 @@ def test_doctor_on_this_machine():
 
 def test_doctor_on_folders(whole, toy, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
-        doctor_main([str(whole.folder), str(toy)])
+        main(["doctor", str(whole.folder), str(toy)])
     assert e.value.code == 0 and "every checksum is right" in capsys.readouterr().out
     copy = shutil.copytree(toy, tmp_path / "toy")
     flip(copy / "train-00001.arrow")
     with pytest.raises(SystemExit) as e:
-        doctor_main([str(copy)])
+        main(["doctor", str(copy)])
     assert (
         e.value.code == 1
         and "WRONG" in (out := capsys.readouterr().out)
@@ -1201,7 +1196,7 @@ def test_doctor_on_folders(whole, toy, tmp_path, capsys):
         ("gone", "there is no such folder"),
     ):
         with pytest.raises(SystemExit, match=why):
-            doctor_main([str(tmp_path / folder)])
+            main(["doctor", str(tmp_path / folder)])
 
 
 @pytest.mark.parametrize(
@@ -1293,7 +1288,7 @@ likely = st.sampled_from(
 @settings(**FUZZ)
 @given(
     st.dictionaries(
-        st.sampled_from([f.name for f in fields(Run)] + ["nonsense"]),
+        st.sampled_from([f.name for f in Run.model_fields.values()] + ["nonsense"]),
         scalars | likely,
         max_size=5,
     )
@@ -1307,7 +1302,7 @@ def test_parameters(kw):
         assert (
             r.id
             and not set(r.id) & set("/\\ ")
-            and Run(**dict(asdict(r).items())).id == r.id
+            and Run(**dict(dict(r).items())).id == r.id
             and r.epochs >= 1
             and 0 < r.lr < math.inf
         )

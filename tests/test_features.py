@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -16,13 +15,13 @@ from mla_nb.core import (
     Modality,
     call,
     check_dataset,
-    check_encoder,
     datasets,
     discover,
     encoders,
 )
+from mla_nb.data.decode import encode_image
 from mla_nb.data.prepared import load_prepared, pack, prepare, unpack
-from mla_nb.encoders.image import encode_image
+from mla_nb.encoders.base import check_encoder
 from mla_nb.features import (
     MLP,
     Extractor,
@@ -47,7 +46,7 @@ from mla_nb.train.checkpoints import load_pred
 discover()
 MODS = {
     "audio": Modality("audio", "features", {"shape": [8, 8]}),
-    "video": Modality("visual", "frames", {"size": 16, "use": 2}),
+    "video": Modality("video", "frames", {"size": 16, "use": 2}),
     "text": Modality("text", "text"),
 }
 CLASSES = ["angry", "sad", "neutral"]
@@ -146,7 +145,7 @@ def test_features_are_those_of_the_encoders_one_by_one(mine, done):
         enc = encs[m].eval()
         for i in f.train.has(m).nonzero().squeeze(1).tolist()[::13]:
             with torch.no_grad():
-                z = enc(enc.preprocessor([s.train[i]["x"][m]]))[0]
+                z = enc(enc.preprocessor.inputs([s.train[i]["x"][m]]))[0]
             assert torch.allclose(
                 f.train[i]["x"][m], z, atol=2e-3, rtol=2e-3
             )  # 16 bits
@@ -273,7 +272,7 @@ def test_encoders_of_a_run(mine):
     net, s, f = load_run(f"runs/{r['id']}")[0], load_prepared(mine), load_prepared(out)
     with torch.no_grad():
         z = net.encoders["audio"](
-            net.encoders["audio"].preprocessor([s.test[3]["x"]["audio"]])
+            net.encoders["audio"].preprocessor.inputs([s.test[3]["x"]["audio"]])
         )[0]
     assert torch.allclose(f.test[3]["x"]["audio"], z, atol=2e-3, rtol=2e-3)
     assert (
@@ -334,7 +333,7 @@ def test_features_of_hub_models(mine, capsys):
         ),
     ):
         part.save_pretrained("clip")
-    assert "reads text and visual, not audio; name an encoder for each modality" in cli(
+    assert "reads text and image, not audio; name an encoder for each modality" in cli(
         "--data", mine, "--encoder", "hf:clip"
     )
     assert (
@@ -522,7 +521,7 @@ def test_features_and_other_encoders_do_not_mix(done):
 def test_the_encoder_of_features():
     x = [torch.tensor([k, 2.0 * k + 5, 7.0]) for k in range(50)]
     preprocessor = Vectors().fit(x)
-    z = preprocessor(x)
+    z = preprocessor.inputs(x)
     assert (
         torch.allclose(z.mean(0), torch.zeros(3), atol=1e-5)
         and torch.allclose(z[:, :2].std(0, unbiased=False), torch.ones(2))
@@ -530,9 +529,9 @@ def test_the_encoder_of_features():
     )  # a constant says nothing
     for options, layers in (({"width": 5}, 2), ({"width": 5, "hidden": 0}, 1)):
         enc = call(
-            encoders["features_visual"],
+            encoders["features_image"],
             options,
-            mod=Modality("visual", "vector"),
+            mod=Modality("image", "vector"),
             items=x,
         )
         check_encoder(enc, x)
@@ -541,13 +540,15 @@ def test_the_encoder_of_features():
             and sum(isinstance(m, torch.nn.Linear) for m in enc.modules()) == layers
         )
         again = call(
-            encoders["features_visual"],
+            encoders["features_image"],
             options,
-            mod=Modality("visual", "vector"),
-            preprocessor=json.loads(json.dumps(asdict(enc.preprocessor))),
+            mod=Modality("image", "vector"),
+            preprocessor=json.loads(json.dumps(enc.preprocessor.config())),
         )
         again.load_state_dict(enc.state_dict())
-        assert again(again.preprocessor(x)).equal(enc(enc.preprocessor(x)))
+        assert again(again.preprocessor.inputs(x)).equal(
+            enc(enc.preprocessor.inputs(x))
+        )
     for bad in ({"width": 0}, {"hidden": -1}, {"width": "5"}):
         with pytest.raises(InputError, match="must be a whole number"):
             call(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mla_nb.compare import grid, grid_main, plan, results, tune
+from mla_nb.cli import main
+from mla_nb.compare import grid, plan, results, tune
 from mla_nb.core import InputError
 from mla_nb.runs.run import Run
 
@@ -26,7 +27,7 @@ def test_side_by_side_equals_one_by_one(tmp_path):
     side, one = (
         grid(runs(tmp_path / "side"), jobs=2, label=""),
         grid(
-            [Run(**{**vars(r), "threads": 1}) for r in runs(tmp_path / "one")], label=""
+            [Run(**{**dict(r), "threads": 1}) for r in runs(tmp_path / "one")], label=""
         ),
     )
     assert [r["test"] for r in side] == [r["test"] for r in one]
@@ -89,7 +90,7 @@ def test_a_process_that_dies_costs_nothing(tmp_path):
 
 
 def test_killed_and_started_again_it_redoes_nothing(tmp_path):
-    args = [sys.executable, "-c", "from mla_nb.compare import grid_main; grid_main()"]
+    args = [sys.executable, "-c", "from mla_nb.cli import main; main()", "grid"]
     args += [
         "--dataset",
         DATA,
@@ -170,9 +171,9 @@ def test_tuning_looks_at_validation_only(tmp_path):
 def test_wrong_input(flags, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
-        grid_main(["--dataset", DATA, *flags])
+        main(["grid", "--dataset", DATA, *flags])
     assert (
         says in str(e.value.code)
-        and str(e.value.code).startswith("mla_grid: ")
+        and str(e.value.code).startswith("mla grid: ")
         and not list(tmp_path.iterdir())
     )

@@ -4,14 +4,14 @@ import json
 import pickle
 import shutil
 import socket
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from mla_nb.core import InputError, Modality, call, check_encoder, discover, encoders
+from mla_nb.core import InputError, Modality, call, discover, encoders
 from mla_nb.encoders import hub
+from mla_nb.encoders.base import check_encoder
 from mla_nb.encoders.hub import (
     HubFbank,
     HubPixels,
@@ -33,7 +33,7 @@ TEXT, TEXTS = (
     Modality("text", "text"),
     ["a good day", "day", "", "good good good day day a"],
 )
-IMAGE, CLIP = Modality("visual", "image"), Modality("visual", "frames")
+IMAGE, CLIP = Modality("image", "image"), Modality("video", "frames")
 BANK = Modality(
     "audio", "features", {"shape": [64, 16], "feature": "fbank", "rate": 16000}
 )
@@ -243,15 +243,15 @@ ALL = [
     ("hf_text", "roberta", "text"),
     ("hf_text", "gpt2", "text"),
     ("hf_text", "clip", "text"),
-    ("hf_visual", "vit", "image"),
-    ("hf_visual", "clip", "image"),
-    ("hf_visual", "resnet", "image"),
-    ("hf_visual", "vit", "clip"),
+    ("hf_image", "vit", "image"),
+    ("hf_image", "clip", "image"),
+    ("hf_image", "resnet", "image"),
+    ("hf_image", "vit", "clip"),
     ("hf_audio", "ast", "bank"),
     ("hf_audio", "ast", "wave"),
     ("hf_audio", "wav2vec2", "wave"),
-    ("timm_visual", "timm", "image"),
-    ("timm_visual", "timm", "clip"),
+    ("timm_image", "timm", "image"),
+    ("timm_image", "timm", "clip"),
 ]
 
 
@@ -263,15 +263,15 @@ def test_contract_and_rebuilding_without_the_model(
     enc, raw = make(name, items, models / model, train_last=1)
     check_encoder(enc, raw)
     recipe, preprocessor = json.loads(
-        json.dumps([enc.recipe, asdict(enc.preprocessor)])
+        json.dumps([enc.recipe, enc.preprocessor.config()])
     )
     monkeypatch.setattr(
         hub, "hub_folder", lambda *_: pytest.fail("the model was looked up")
     )
     again = call(encoders[name], recipe, mod=ITEMS[items][0], preprocessor=preprocessor)
     again.load_state_dict(enc.state_dict())
-    assert again.eval()(again.preprocessor(raw)).equal(
-        enc.eval()(enc.preprocessor(raw))
+    assert again.eval()(again.preprocessor.inputs(raw)).equal(
+        enc.eval()(enc.preprocessor.inputs(raw))
     )
     assert [p.requires_grad for p in again.parameters()] == [
         p.requires_grad for p in enc.parameters()
@@ -282,10 +282,10 @@ def test_contract_and_rebuilding_without_the_model(
     "name,items", [("test_vit", "image"), ("test_convnext", "clip")]
 )
 def test_timm_by_name(name, items):
-    enc, raw = make("timm_visual", items, name, pretrained=False, train_last=2)
+    enc, raw = make("timm_image", items, name, pretrained=False, train_last=2)
     check_encoder(enc, raw)
     assert (
-        enc.weights == "random"
+        enc.weights_source == "random"
         and enc.recipe["model"] == name
         and 0
         < sum(p.numel() for p in enc.parameters() if p.requires_grad)
@@ -301,12 +301,12 @@ def test_what_is_frozen_stays(models, name, model, items, k):
     enc.train()
     frozen = {n for n, p in enc.named_parameters() if not p.requires_grad}
     before = {n: v.clone() for n, v in enc.state_dict().items()}
-    z = enc(enc.preprocessor(raw))
+    z = enc(enc.preprocessor.inputs(raw))
     if k:
         z.square().sum().backward()
         torch.optim.SGD(enc.parameters(), 0.1).step()
     else:
-        assert not z.requires_grad and z.equal(enc.eval()(enc.preprocessor(raw)))
+        assert not z.requires_grad and z.equal(enc.eval()(enc.preprocessor.inputs(raw)))
     moved = {n for n, v in enc.state_dict().items() if not v.equal(before[n])}
     assert bool(moved) == bool(k) and not moved & frozen
     assert bool(frozen - {n for n in frozen if "pooler" in n}) == (k != -1)
@@ -315,7 +315,7 @@ def test_what_is_frozen_stays(models, name, model, items, k):
 @pytest.mark.parametrize("model", ["bert", "vit"])
 def test_only_the_last_block_is_awake(models, model):
     enc, _ = make(
-        "hf_text" if model == "bert" else "hf_visual",
+        "hf_text" if model == "bert" else "hf_image",
         "text" if model == "bert" else "image",
         models / model,
         train_last=1,
@@ -332,9 +332,9 @@ def test_only_the_last_block_is_awake(models, model):
 
 
 def test_batch_statistics_of_frozen_layers_rest(models):
-    enc, raw = make("timm_visual", "image", models / "timm", train_last=1)
+    enc, raw = make("timm_image", "image", models / "timm", train_last=1)
     before = {n: v.clone() for n, v in enc.state_dict().items() if "running_mean" in n}
-    enc.train()(enc.preprocessor(raw))
+    enc.train()(enc.preprocessor.inputs(raw))
     moved = {n for n, v in before.items() if not enc.state_dict()[n].equal(v)}
     assert moved and all("layer4" in n for n in moved)
 
@@ -375,10 +375,12 @@ def test_mean_pooling_does_not_count_padding(models):
         TEXTS[:3],
     )  # the last one is longer than most, and cut
     longer = HubTokens(
-        **{**asdict(enc.preprocessor), "length": enc.preprocessor.length + 5}
+        **{**enc.preprocessor.config(), "length": enc.preprocessor.length + 5}
     )
-    assert torch.allclose(enc(enc.preprocessor(raw)), enc(longer(raw)), atol=1e-6)
-    x = enc.preprocessor(raw)
+    assert torch.allclose(
+        enc(enc.preprocessor.inputs(raw)), enc(longer(raw)), atol=1e-6
+    )
+    x = enc.preprocessor.inputs(raw)
     hidden = enc.net(
         input_ids=x["ids"], attention_mask=x["mask"].long()
     ).last_hidden_state
@@ -387,10 +389,10 @@ def test_mean_pooling_does_not_count_padding(models):
 
 
 def test_pools(models):
-    vit, raw = make("hf_visual", "image", models / "vit")
+    vit, raw = make("hf_image", "image", models / "vit")
     x, out = (
-        vit.preprocessor(raw),
-        vit.eval().net.net(pixel_values=vit.preprocessor(raw)),
+        vit.preprocessor.inputs(raw),
+        vit.eval().net.net(pixel_values=vit.preprocessor.inputs(raw)),
     )
     assert pooled(out, None, "cls").equal(out.last_hidden_state[:, 0]) and pooled(
         out, None, "pooler"
@@ -399,19 +401,19 @@ def test_pools(models):
         pooled(out)
     )
     with pytest.raises(InputError, match="did you mean 'mean'"):
-        make("hf_visual", "image", models / "vit", pool="means")
+        make("hf_image", "image", models / "vit", pool="means")
     for model, pool, what in (
         ("wav2vec2", "pooler", "no pooler"),
         ("resnet", "cls", "no class token"),
     ):
         enc, raw = make(
-            "hf_audio" if model == "wav2vec2" else "hf_visual",
+            "hf_audio" if model == "wav2vec2" else "hf_image",
             "wave" if model == "wav2vec2" else "image",
             models / model,
             pool=pool,
         )
         with pytest.raises(InputError, match=what):
-            enc(enc.preprocessor(raw))
+            enc(enc.preprocessor.inputs(raw))
     with pytest.raises(InputError, match="nothing about single positions"):
         pooled(object())
 
@@ -432,14 +434,16 @@ def test_weights_are_those_of_the_folder(models):
     }
     assert set(theirs) == set(mine) and all(v.equal(mine[k]) for k, v in theirs.items())
     stored = load_file(models / "timm/model.safetensors")
-    enc, _ = make("timm_visual", "image", models / "timm")
+    enc, _ = make("timm_image", "image", models / "timm")
     assert all(
         v.equal(stored[k.removeprefix("net.net.")]) for k, v in enc.state_dict().items()
     )
     enc, other = (
         make("hf_text", "text", models / "clip", pretrained=k)[0] for k in (True, False)
     )
-    assert enc.weights == str(models / "clip") and other.weights == "random"
+    assert (
+        enc.weights_source == str(models / "clip") and other.weights_source == "random"
+    )
     assert not all(v.equal(other.state_dict()[k]) for k, v in enc.state_dict().items())
 
 
@@ -456,9 +460,11 @@ def test_a_timm_model_by_name_reads_what_was_fetched_for_it(models, monkeypatch)
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda *_, **__: pytest.fail("somebody called home")
     )
-    enc, _ = make("timm_visual", "image", "test_resnet", train_last=0)
+    enc, _ = make("timm_image", "image", "test_resnet", train_last=0)
     stored = load_file(models / "timm/model.safetensors")
-    assert asked == ["timm/test_resnet.r160_in1k"] and enc.weights == "test_resnet"
+    assert (
+        asked == ["timm/test_resnet.r160_in1k"] and enc.weights_source == "test_resnet"
+    )
     assert all(
         v.equal(stored[k.removeprefix("net.net.")]) for k, v in enc.state_dict().items()
     )
@@ -467,36 +473,36 @@ def test_a_timm_model_by_name_reads_what_was_fetched_for_it(models, monkeypatch)
 def test_checkpointing_changes_memory_not_gradients(models):
     grads = []
     for again in (False, True):
-        enc, raw = make("hf_visual", "image", models / "vit", checkpoint=again)
-        enc.train()(enc.preprocessor(raw)).square().sum().backward()
+        enc, raw = make("hf_image", "image", models / "vit", checkpoint=again)
+        enc.train()(enc.preprocessor.inputs(raw)).square().sum().backward()
         grads.append([p.grad for p in enc.parameters() if p.grad is not None])
     assert len(grads[0]) == len(grads[1]) > 0 and all(
         torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads)
     )
     with pytest.raises(InputError, match="checkpoint=True: this model cannot"):
-        make("hf_visual", "image", models / "resnet", checkpoint=True)
+        make("hf_image", "image", models / "resnet", checkpoint=True)
 
 
 def test_preps_do_what_the_library_does(models):
-    vit, raw = make("hf_visual", "image", models / "vit")
+    vit, raw = make("hf_image", "image", models / "vit")
     theirs = tf.AutoImageProcessor.from_pretrained(models / "vit")(
         list(raw), return_tensors="pt"
     )["pixel_values"]
-    assert (vit.preprocessor(raw) - theirs).abs().max() < 0.02
-    clip, raw = make("hf_visual", "image", models / "clip")
+    assert (vit.preprocessor.inputs(raw) - theirs).abs().max() < 0.02
+    clip, raw = make("hf_image", "image", models / "clip")
     theirs = tf.AutoImageProcessor.from_pretrained(models / "clip")(
         list(raw), return_tensors="pt"
     )["pixel_values"]
     assert (
-        clip.preprocessor(raw).shape == theirs.shape
-        and (clip.preprocessor(raw) - theirs).abs().mean() < 0.01
+        clip.preprocessor.inputs(raw).shape == theirs.shape
+        and (clip.preprocessor.inputs(raw) - theirs).abs().mean() < 0.01
     )  # theirs rounds between the two passes
     ast, raw = make("hf_audio", "wave", models / "ast")
     at16k = [hub._as_rate(w, 8000, 16000) for w in raw]
     theirs = tf.AutoFeatureExtractor.from_pretrained(models / "ast")(
         [w.numpy() for w in at16k], sampling_rate=16000, return_tensors="pt"
     )["input_values"]
-    assert torch.allclose(ast.preprocessor(raw), theirs, atol=1e-3)
+    assert torch.allclose(ast.preprocessor.inputs(raw), theirs, atol=1e-3)
     w2v, raw = make("hf_audio", "wave", models / "wav2vec2")
     theirs = tf.AutoFeatureExtractor.from_pretrained(models / "wav2vec2")(
         [hub._as_rate(raw[2], 8000, 16000)[:9000].numpy()],
@@ -504,7 +510,7 @@ def test_preps_do_what_the_library_does(models):
         return_tensors="pt",
     )["input_values"]
     assert torch.allclose(
-        HubWave(8000, seconds=9000 / 16000)([raw[2]]), theirs, atol=1e-4
+        HubWave(8000, seconds=9000 / 16000).inputs([raw[2]]), theirs, atol=1e-4
     )
     bert, raw = make("hf_text", "text", models / "bert")
     theirs = tf.AutoTokenizer.from_pretrained(models / "bert")(
@@ -538,15 +544,17 @@ def test_texts_are_never_longer_than_a_model_can_read(models):
 def test_pictures_are_resized_and_cut():
     x = torch.zeros(3, 20, 60, dtype=torch.uint8)
     x[:, :, 20:40] = 200
-    assert HubPixels(20, edge=20).resize(x).float().mean() == 200  # the center
-    assert 60 < HubPixels(20).resize(x).float().mean() < 70  # the whole, squeezed
-    assert HubPixels(10, edge=12).pack([x, x]).shape == (2, 3, 10, 10)
-    assert HubPixels(10, edge=12).resize(torch.stack([x, x])).shape == (2, 3, 10, 10)
+    assert HubPixels(20, edge=20).encode(x).float().mean() == 200  # the center
+    assert 60 < HubPixels(20).encode(x).float().mean() < 70  # the whole, squeezed
+    assert HubPixels(10, edge=12)([x, x]).shape == (2, 3, 10, 10)
+    assert HubPixels(10, edge=12).encode(torch.stack([x, x])).shape == (2, 3, 10, 10)
 
 
 def test_filter_banks_of_waveforms_and_stored_ones():
     bank = HubFbank(1.0, 2.0, 64, 16)
-    assert torch.allclose(bank([torch.full((64, 16), 5.0)]), torch.ones(1, 64, 16))
+    assert torch.allclose(
+        bank.inputs([torch.full((64, 16), 5.0)]), torch.ones(1, 64, 16)
+    )
     assert HubFbank(0.0, 1.0, 64, 16, 8000)([waves()[0]]).shape == (1, 64, 16)
 
 
@@ -570,13 +578,13 @@ def test_no_network_is_one_sentence(monkeypatch):
     with pytest.raises(
         InputError, match=r"timm/resnet18.*give its folder in place of the name"
     ):
-        make("timm_visual", "image", "resnet18")
+        make("timm_image", "image", "resnet18")
     with pytest.raises(InputError, match="needs a model: hf:NAME"):
         make("hf_text", "text")
     with pytest.raises(InputError, match="needs a model: timm:NAME"):
-        make("timm_visual", "image")
+        make("timm_image", "image")
     with pytest.raises(InputError, match="did you mean 'resnet50"):
-        make("timm_visual", "image", "resnet5o")
+        make("timm_image", "image", "resnet5o")
 
 
 def test_folders_are_read_without_the_network(models, monkeypatch):
@@ -609,7 +617,7 @@ def test_pickles_and_foreign_code_are_never_run(mine, monkeypatch):
     ):
         make("hf_text", "text", mine / "bert")
     with pytest.raises(InputError, match=r"holds no \*\.safetensors"):
-        make("timm_visual", "image", mine / "timm")
+        make("timm_image", "image", mine / "timm")
     config = json.loads((mine / "roberta/config.json").read_text())
     (mine / "roberta/evil.py").write_text("open('exploded', 'w')")
     (mine / "roberta/config.json").write_text(
@@ -664,7 +672,7 @@ def test_damaged_and_incomplete_folders(mine):
         make("hf_text", "text", mine / "bert")
     (mine / "vit/preprocessor_config.json").unlink()
     with pytest.raises(InputError, match="cannot be used"):
-        make("hf_visual", "image", mine / "vit")
+        make("hf_image", "image", mine / "vit")
     (mine / "clip/model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(InputError, match="cannot be used .*Safetensor"):
         make("hf_text", "text", mine / "clip")
@@ -683,7 +691,7 @@ def test_weights_that_are_missing_are_not_made_up(mine):
         metadata={"format": "pt"},
     )
     with pytest.raises(InputError, match="weights, which would be random; the first: "):
-        make("hf_visual", "image", mine / "vit")
+        make("hf_image", "image", mine / "vit")
 
 
 @pytest.mark.parametrize(
@@ -695,12 +703,12 @@ def test_weights_that_are_missing_are_not_made_up(mine):
             "text",
             "reads pixel_values, and an encoder of text needs one that reads input_ids",
         ),
-        ("hf_visual", "bert", "image", "reads input_ids"),
+        ("hf_image", "bert", "image", "reads input_ids"),
         (
             "hf_audio",
             "clip",
             "wave",
-            "reads text and visual, not audio; name an encoder for each",
+            "reads text and image, not audio; name an encoder for each",
         ),
         ("hf_audio", "whisper", "wave", "reads input_features"),
         (
@@ -768,4 +776,4 @@ def test_a_run_and_its_net_without_the_models(mine, tmp_path):
         v.equal(net.state_dict()[k]) for k, v in first.state_dict().items()
     )
     with pytest.raises(InputError, match="no such folder"):
-        run(Run(**{**asdict(cfg), "seed": 1}))
+        run(Run(**{**dict(cfg), "seed": 1}))

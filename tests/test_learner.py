@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mla_nb.core import Batch, Samples, collate, discover, methods
+from mla_nb.encoders.base import ModuleEncoder, Preprocessor
 from mla_nb.heads import SeparateHead, SharedHead, make_net
 from mla_nb.methods.base import (
     Callback,
@@ -31,17 +32,12 @@ MODS = ("audio", "video", "text")
 
 def encs(mods=MODS, width=8, widths=None, norm=True):
     torch.manual_seed(0)
-    out = {
-        m: nn.Sequential(
-            nn.Linear(5, (widths or {}).get(m, width)),
-            *([nn.BatchNorm1d((widths or {}).get(m, width))] if norm else []),
-            nn.ReLU(),
-        )
-        for m in mods
-    }
-    for m, e in out.items():
-        e.num_features = (widths or {}).get(m, width)
-    return out
+
+    def encoder(n):
+        norm_layer = [nn.BatchNorm1d(n)] if norm else []
+        return ModuleEncoder(nn.Sequential(nn.Linear(5, n), *norm_layer, nn.ReLU()), n)
+
+    return {m: encoder((widths or {}).get(m, width)) for m in mods}
 
 
 def batch(n=12, missing=0.0, seed=0, mods=MODS):
@@ -258,14 +254,16 @@ def test_schedule_resumes_at_the_right_rate():
 def test_equal_budgets(tmp_path):
     "Every method sees each sample once per epoch; a batch of one is dropped, because batch norm cannot train on it"
     s = Samples({"audio": [torch.randn(5) for _ in range(33)]}, [0, 1, 2] * 11)
-    from mla_nb.core import Modality, Splits, stack
+    from mla_nb.core import Modality, Splits
 
     sp = Splits("s", list("abc"), {"audio": Modality("audio", "wave")}, s, s, s)
     assert sorted(
-        torch.cat([b.idx for b in loaders(sp, {"audio": stack}, 8).train]).tolist()
+        torch.cat(
+            [b.idx for b in loaders(sp, {"audio": Preprocessor()}, 8).train]
+        ).tolist()
     ) != list(range(33))
-    assert sum(len(b) for b in loaders(sp, {"audio": stack}, 8).train) == 32
-    assert sum(len(b) for b in loaders(sp, {"audio": stack}, 10).train) == 33
+    assert sum(len(b) for b in loaders(sp, {"audio": Preprocessor()}, 8).train) == 32
+    assert sum(len(b) for b in loaders(sp, {"audio": Preprocessor()}, 10).train) == 33
 
 
 def test_runtime_on_cpu_changes_nothing_with_grad_transforms():
@@ -333,8 +331,8 @@ def test_named_losses_are_trained_on_their_sum():
 
 def test_a_single_row_trains_with_batch_norm():
     "One row has no batch statistics: the encoder then uses those it has, and still learns"
-    enc = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
-    enc.num_features = 8
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+    enc = ModuleEncoder(layers, 8)
     net = make_net(SharedHead, {"audio": enc}, 3).train()
     b = Batch(
         {"audio": torch.randn(3, 4)},
@@ -343,7 +341,7 @@ def test_a_single_row_trains_with_batch_norm():
         torch.arange(3),
     )
     net(b.only(["audio"])).sum().backward()
-    assert enc[0].weight.grad.abs().sum() > 0 and enc.training
+    assert layers[0].weight.grad.abs().sum() > 0 and enc.training
 
 
 @pytest.mark.parametrize("name", sorted(set(methods) - {"unimodal"}))

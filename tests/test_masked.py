@@ -4,7 +4,6 @@ import collections
 import json
 import os
 import pickle
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -25,7 +24,12 @@ from mla_nb.encoders.masked import (
     sincos,
     table,
 )
-from mla_nb.encoders.patched import Bands, band_prep, load_tokenizer, patch_prep
+from mla_nb.encoders.patched import (
+    Bands,
+    band_preprocessor,
+    load_tokenizer,
+    patch_preprocessor,
+)
 from mla_nb.encoders.weights import (
     fill,
     load_arrays,
@@ -43,7 +47,7 @@ FACES, WORDS = (
     list(torch.from_numpy(faces(np.arange(6), rng, size=40))),
     sentences(np.arange(6), rng),
 )
-IMAGE, TEXT = Modality("visual", "image", {"size": 40}), Modality("text", "text")
+IMAGE, TEXT = Modality("image", "image", {"size": 40}), Modality("text", "text")
 FBANK, SPEC, WAVE = (
     Modality("audio", *f)
     for f in (
@@ -103,15 +107,16 @@ def test_tables_tell_rows_from_columns_and_do_not_depend_on_the_length():
 )
 def test_sound_of_any_size_is_cut_to_patches(mod, item, shape):
     items = [torch.randn(item) for _ in range(3)]
-    preprocessor = band_prep(mod, items)
-    assert preprocessor(items).shape == (3, 1, *shape)
+    preprocessor = band_preprocessor(mod, items)
+    assert preprocessor.inputs(items).shape == (3, 1, *shape)
     x = (items[0].T if mod is FBANK else items[0])[: shape[0], : shape[1]]
     assert torch.allclose(
-        preprocessor(items)[0, 0] * preprocessor.std + preprocessor.mean, x, atol=1e-4
+        preprocessor.inputs(items)[0, 0] * preprocessor.std + preprocessor.mean,
+        x,
+        atol=1e-4,
     )
-    assert (
-        Bands(**json.loads(json.dumps(asdict(preprocessor)))) == preprocessor
-    )  # as preprocessors.json keeps it
+    stored = json.loads(json.dumps(preprocessor.config()))  # as preprocessors.json
+    assert Bands.from_config(stored).config() == preprocessor.config()
 
 
 @pytest.mark.parametrize("item", [(15, 200), (200, 15), (3,)])
@@ -119,11 +124,11 @@ def test_sound_without_one_patch_is_refused(item):
     with pytest.raises(
         InputError, match=r"do not hold one patch of 16 × 16; use a smaller patch"
     ):
-        band_prep(SPEC, [torch.randn(item)])
+        band_preprocessor(SPEC, [torch.randn(item)])
 
 
 def test_a_shorter_sound_than_in_training_is_refused():
-    preprocessor = band_prep(FBANK, [torch.randn(1024, 128)] * 2)
+    preprocessor = band_preprocessor(FBANK, [torch.randn(1024, 128)] * 2)
     with pytest.raises(
         InputError, match=r"a sound of \(128, 512\).* is smaller than the \(128, 1024\)"
     ):
@@ -135,7 +140,9 @@ def test_a_shorter_sound_than_in_training_is_refused():
 )
 def test_pictures_get_a_size_that_patches_fill(side, patch, size):
     assert (
-        patch_prep(Modality("visual", "image", {"size": side}), FACES, patch=patch).size
+        patch_preprocessor(
+            Modality("image", "image", {"size": side}), FACES, patch=patch
+        ).size
         == size
     )
 
@@ -145,7 +152,7 @@ def test_pixels_must_fit_the_patch(pixels):
     with pytest.raises(
         InputError, match=f"pixels={pixels}: must be a multiple of the patch, 16; try"
     ):
-        patch_prep(IMAGE, FACES, pixels=pixels)
+        patch_preprocessor(IMAGE, FACES, pixels=pixels)
 
 
 def test_cavmae_says_which_input_it_has_places_for():
@@ -186,8 +193,8 @@ def test_padding_matters_only_as_released(pool):
 
 MAKE = {
     "m3ae_text": (TEXT, WORDS),
-    "m3ae_visual": (IMAGE, FACES),
-    "cavmae_visual": (IMAGE, FACES),
+    "m3ae_image": (IMAGE, FACES),
+    "cavmae_image": (IMAGE, FACES),
     "cavmae_audio": (WAVE, list(torch.from_numpy(voices(np.arange(6), rng)))),
 }
 
@@ -217,7 +224,7 @@ def test_an_error_names_encoder_and_modality():
     "Of three encoders, which one was it?"
     s = synthetic("balanced", n_train=12, n_valid=6, n_test=6)
     with pytest.raises(
-        InputError, match=r"^encoder m3ae_visual of visual: unknown size 'huge'.*tiny"
+        InputError, match=r"^encoder m3ae_image of visual: unknown size 'huge'.*tiny"
     ):
         make_encoders(
             encoder_names(
@@ -242,7 +249,7 @@ def test_train_last_decides_what_learns(name):
             mod=mod,
             items=items,
         ).train()
-        z = enc(enc.preprocessor(items))
+        z = enc(enc.preprocessor.inputs(items))
         if z.requires_grad:
             z.square().sum().backward()
         learns = {n for n, p in enc.named_parameters() if p.grad is not None}
@@ -310,7 +317,7 @@ def test_a_given_dictionary_is_kept_in_the_prep(vocab):
         encoders["m3ae_text"],
         enc.recipe,
         mod=TEXT,
-        preprocessor=json.loads(json.dumps(asdict(enc.preprocessor))),
+        preprocessor=json.loads(json.dumps(enc.preprocessor.config())),
     )
     assert (
         again.preprocessor(["happy"])["ids"].equal(enc.preprocessor(["happy"])["ids"])

@@ -9,6 +9,7 @@ import torch
 from conftest import POINTER
 
 from mla_nb.core import InputError
+from mla_nb.data.decode import encode_image
 from mla_nb.data.media import (
     FEATURES,
     media_options,
@@ -26,7 +27,6 @@ from mla_nb.data.media import (
 )
 from mla_nb.data.miniature import MINIATURES, miniature
 from mla_nb.data.prepared import evenly, load_prepared
-from mla_nb.encoders.image import encode_image
 
 KINDS = "flv", "mp4", "avi"
 

@@ -20,13 +20,11 @@ from conftest import ROOT
 from torch import nn
 
 from mla_nb.core import Batch
-from mla_nb.encoders.audio import excerpt, fbank, log_spectrogram, tile
+from mla_nb.encoders.base import Encoder, ModuleEncoder
 from mla_nb.encoders.masked import M3AE, pooled, table
 from mla_nb.encoders.weights import fill, renamed
 from mla_nb.heads import (
     ConcatHead,
-    FilmHead,
-    GatedHead,
     Net,
     SharedHead,
     SumHead,
@@ -35,6 +33,7 @@ from mla_nb.heads import (
 from mla_nb.methods.base import Callback, Method, Turn, fuse
 from mla_nb.methods.ensemble import alternating
 from mla_nb.methods.fusion import FixedWeights, entropy, entropy_rule, released_gate
+from mla_nb.methods.joint import FilmHead, GatedHead
 from mla_nb.methods.ogm import OGM, modulation_coefficients, true_class
 from mla_nb.methods.projection import GradProjection
 from mla_nb.methods.qmf import QMFLoss, confidence
@@ -46,6 +45,7 @@ from mla_nb.released import (
     load_released,
     released_shapes,
 )
+from mla_nb.signals import excerpt, fbank, log_spectrogram, tile
 from mla_nb.train.learner import Learner
 from mla_nb.train.loaders import Loaders, Shuffle
 
@@ -270,13 +270,11 @@ def test_c_fixed():
 # d: OGM -------------------------------------------------------------------------------------------------------------
 
 
-class Gain(nn.Module):
+class Gain(Encoder):
     "An 'encoder' whose only parameter is the 4-D multiplier of the fixture"
 
-    num_features = property(lambda self: self.gain.numel())
-
     def __init__(self, n):
-        super().__init__()
+        super().__init__(n)
         self.gain = nn.Parameter(torch.ones(1, n, 1, 1, dtype=torch.double))
 
     def forward(self, x):
@@ -576,7 +574,7 @@ def test_g_resnet18():
     v = v.transpose(1, 2)  # ours: (B,frames,3,H,W)
     encs, stages = {m: slot(state, "av", m) for m in ("audio", "video")}, {}
     for m, name, net in (
-        ("audio", "audio_net", encs["audio"]),
+        ("audio", "audio_net", encs["audio"].net),
         ("video", "visual_net", encs["video"].net),
     ):
         for s in ("maxpool", "layer1", "layer2", "layer3", "layer4"):
@@ -605,7 +603,7 @@ def test_g_resnet18():
         z["stage_mean_std"],
         1e-8,
     )
-    close(encs["audio"].bn1.running_mean, z["train_audio_bn1_running_mean_after"])
+    close(encs["audio"].net.bn1.running_mean, z["train_audio_bn1_running_mean_after"])
     close(encs["video"].net.bn1.running_var, z["train_visual_bn1_running_var_after"])
 
 
@@ -646,7 +644,7 @@ def test_h_m3ae():
     loose(z, state, "m3ae", x, ("text", "image"), heads, found)
     with torch.no_grad():
         close(
-            encs["text"].hidden(text=x["text"])[0][:, 0],
+            encs["text"].net.hidden(text=x["text"])[0][:, 0],
             z["text_hidden_cls"],
             1e-6,
             1e-6,
@@ -689,7 +687,7 @@ def test_h_cavmae():
         "video": torch.from_numpy(v),
     }
     encs = {m: slot(state, "cav", m, heads) for m in x}
-    assert len(encs["audio"].body.blocks) == own + 1
+    assert len(encs["audio"].net.body.blocks) == own + 1
     loose(z, state, "cav", x, "av", heads, features(z, state, encs, x, "av", 1e-9))
     for letter, grid in (("a", (8, frames // 16)), ("v", (side // 16, side // 16))):
         rows = z[f"init_pos_embed_{letter}_first_rows"]
@@ -873,9 +871,9 @@ def toy(z):
     encs = {}
     for m, k in (("audio", "a"), ("visual", "v")):
         W, b = z.t(f"init_W{k}"), z.t(f"init_b{k}")
-        encs[m] = nn.Sequential(nn.Linear(W.shape[1], W.shape[0]), nn.ReLU()).double()
-        encs[m][0].weight.data, encs[m][0].bias.data = W.clone(), b.clone()
-        encs[m].num_features = W.shape[0]
+        layers = nn.Sequential(nn.Linear(W.shape[1], W.shape[0]), nn.ReLU()).double()
+        layers[0].weight.data, layers[0].bias.data = W.clone(), b.clone()
+        encs[m] = ModuleEncoder(layers, W.shape[0])
     net = make_net(SharedHead, encs, len(z["init_b"])).double()
     net.head.out.weight.data, net.head.out.bias.data = (
         z.t("init_W").clone(),
@@ -940,8 +938,10 @@ def test_j_alternating(projection, zero):
         a, v = (np.mean(watch.losses[e][m]) for m in ("audio", "visual"))
         close([alpha * a + (1 - alpha) * v, a, v], z[key + "epoch_losses"][e])
     close(watch.norms, z[key + "params_after_each_step_norm"])
-    close(learn.net.encoders["audio"][0].weight.detach(), z[key + "final_Wa"], 1e-8)
-    close(learn.net.encoders["visual"][0].weight.detach(), z[key + "final_Wv"], 1e-8)
+    close(learn.net.encoders["audio"].net[0].weight.detach(), z[key + "final_Wa"], 1e-8)
+    close(
+        learn.net.encoders["visual"].net[0].weight.detach(), z[key + "final_Wv"], 1e-8
+    )
     close(learn.net.head.out.weight.detach(), z[key + "final_W"], 1e-8)
     close(learn.net.head.out.bias.detach(), z[key + "final_b"], 1e-8)
     assert len(z["param_order"]) == len(list(learn.net.parameters()))

@@ -17,8 +17,10 @@ import torch
 from conftest import POINTER, ROOT
 
 from mla_nb import export as X
+from mla_nb.cli import main as mla
 from mla_nb.core import InputError, UnknownName, discover, rules
 from mla_nb.data.cremad import cremad_rows, prepare_cremad
+from mla_nb.data.decode import encode_image
 from mla_nb.data.digits import prepare_digits, read_archive
 from mla_nb.data.iemocap import iemocap_rows, prepare_iemocap
 from mla_nb.data.miniature import miniature
@@ -30,13 +32,13 @@ from mla_nb.data.own import (
     prepare_own,
     read_table,
 )
-from mla_nb.encoders.image import encode_image
+from mla_nb.encoders.base import Encoder
 from mla_nb.evaluation import TemperatureScaled
 from mla_nb.export import check_export, export_onnx, export_program
 from mla_nb.heads import make_net
 from mla_nb.methods.fusion import FixedWeights, make_rule
-from mla_nb.predict import Predictor
-from mla_nb.predict_table import answer_table, main
+from mla_nb.predict import Classifier, load
+from mla_nb.predict_table import predict_table
 from mla_nb.runs.run import Run, make_dataset, run
 from mla_nb.train.checkpoints import load_pred
 
@@ -63,7 +65,7 @@ def moods(root):
 
 @pytest.fixture(scope="module")
 def p(moods):
-    return Predictor.from_pretrained(moods[0])
+    return load(moods[0])
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +106,10 @@ def table(rows, name="t.csv"):
 
 
 def says(*argv):
-    "What `mla_predict` ends with"
+    "What `mla predict` ends with"
     with pytest.raises(SystemExit) as e:
-        main(list(map(str, argv)))
-    assert str(e.value).startswith("mla_predict: ") and "\n" not in str(e.value)
+        mla(["predict", *map(str, argv)])
+    assert str(e.value).startswith("mla predict: ") and "\n" not in str(e.value)
     return str(e.value)
 
 
@@ -165,7 +167,7 @@ def test_a_raw_file_becomes_the_prepared_item(name, root):
     )
     run(cfg)
     p, test, sources = (
-        Predictor.from_pretrained(cfg.folder),
+        load(cfg.folder),
         make_dataset(cfg).test,
         rows_of(name, raw),
     )
@@ -182,13 +184,13 @@ def test_a_raw_file_becomes_the_prepared_item(name, root):
     lists = {m: [sources[k].get(m) for k in ids] for m in p.modalities}
     kept = load_pred(cfg.folder)
     assert torch.allclose(
-        p.predict(ids=ids, **lists).pred.fused,
+        p.explain(ids=ids, **lists).pred.fused,
         kept.fused[[int((kept.idx == i).nonzero()) for i in range(len(ids))]],
         atol=1e-4,
     )
     if name == "kinetics":
         clip = sources[ids[0]]["video"]
-        assert p.predict(video=clip, audio=clip).ids == [
+        assert p.explain(video=clip, audio=clip).ids == [
             Path(clip).stem
         ]  # picture and sound of one file
     if name == "iemocap":
@@ -198,11 +200,11 @@ def test_a_raw_file_becomes_the_prepared_item(name, root):
             test[0]["x"]["video"]
         )
         with pytest.raises(UnknownName, match="did you mean 'left'"):
-            p.predict(video={**one, "crop": "lef"})
+            p.explain(video={**one, "crop": "lef"})
         with pytest.raises(InputError, match="cannot be given here"):
-            p.predict(audio={"path": sources[ids[0]]["audio"], "crop": "left"})
+            p.explain(audio={"path": sources[ids[0]]["audio"], "crop": "left"})
         with pytest.raises(InputError, match="the start first"):
-            p.predict(video={**one, "span": (3, 2)})
+            p.explain(video={**one, "span": (3, 2)})
 
 
 def test_pixels_and_pictures_in_memory_for_media(root):
@@ -210,7 +212,7 @@ def test_pixels_and_pictures_in_memory_for_media(root):
 
     if not (root / "runs/mvsa").exists():
         pytest.skip("made by the test before")
-    p = Predictor.from_pretrained(root / "runs/mvsa")
+    p = load(root / "runs/mvsa")
     big = torch.randint(256, (3, 50, 40), dtype=torch.uint8)
     a, b = (
         p.read({"image": big}),
@@ -238,7 +240,7 @@ def digits(root, tones):
 
 def test_digits_from_recordings_and_pictures(digits, here):
     folder, s, recordings = digits
-    p = Predictor.from_pretrained(folder)
+    p = load(folder)
     for i in (0, 7, 20):
         k, x = s.test.ids[i], s.test[i]["x"]
         Path(f"{k}.wav").write_bytes(recordings[f"{k}.wav"])
@@ -254,14 +256,14 @@ def test_digits_from_recordings_and_pictures(digits, here):
         16,
     )
     with pytest.raises(InputError, match="no such recording"):
-        p.predict(audio="gone.wav")
+        p.explain(audio="gone.wav")
     with pytest.raises(InputError, match="no such image"):
-        p.predict(image="gone.png")
+        p.explain(image="gone.png")
     with pytest.raises(InputError, match="cannot be given"):
-        p.predict(audio={"path": "fast.wav", "span": (0, 1)})
+        p.explain(audio={"path": "fast.wav", "span": (0, 1)})
     sf.write("nan.wav", np.full(8000, np.nan, "f4"), 8000, subtype="FLOAT")
     with pytest.raises(InputError, match="no numbers"):
-        p.predict(audio="nan.wav")
+        p.explain(audio="nan.wav")
 
 
 def test_names_the_digit_of_a_real_recording(real_archive, here, capsys):
@@ -286,14 +288,14 @@ def test_names_the_digit_of_a_real_recording(real_archive, here, capsys):
     right = []
     for name in asked:
         Path(f"{name}.wav").write_bytes(recordings[f"{name}.wav"])
-    p = Predictor.from_pretrained("runs/fsdd")
+    p = load("runs/fsdd")
     right = [
         n == name[0]
-        for n, name in zip(p.predict(audio=[f"{n}.wav" for n in asked]).names, asked)
+        for n, name in zip(p.explain(audio=[f"{n}.wav" for n in asked]).names, asked)
     ]
     assert np.mean(right) > 0.8
     name = asked[right.index(True)]
-    main(["runs/fsdd", "--audio", f"{name}.wav", "--json"])
+    mla(["predict", "runs/fsdd", "--audio", f"{name}.wav", "--json"])
     assert json.loads(capsys.readouterr().out)["answer"] == name[0]
 
 
@@ -301,7 +303,7 @@ def test_names_the_digit_of_a_real_recording(real_archive, here, capsys):
 
 
 def test_answers_are_the_runs_own(moods, p, s):
-    a = p.predict(**{m: list(s.test.x[m]) for m in s.modalities}, batch_size=7)
+    a = p.explain(**{m: list(s.test.x[m]) for m in s.modalities}, batch_size=7)
     kept = load_pred(moods[0])
     assert torch.allclose(a.pred.fused, kept.fused, atol=1e-4) and torch.allclose(
         a.pred.weights, kept.weights, atol=1e-4
@@ -315,7 +317,7 @@ def test_answers_are_the_runs_own(moods, p, s):
     "sub", [("audio",), ("visual", "text"), ("audio", "visual", "text")]
 )
 def test_any_subset_and_what_is_said_about_it(p, s, sub):
-    a = p.predict(**{m: s.test.x[m][0] for m in sub})
+    a = p.explain(**{m: s.test.x[m][0] for m in sub})
     d = json.loads(a.json())
     assert (
         set(d["modalities"]) == set(sub)
@@ -334,7 +336,7 @@ def test_any_subset_and_what_is_said_about_it(p, s, sub):
 
 def test_ragged_samples(p, s):
     x = s.test.x
-    a = p.predict(
+    a = p.explain(
         audio=[x["audio"][0], None, x["audio"][2]],
         text=[None, x["text"][1], x["text"][2]],
         ids=["a", "b", "c"],
@@ -345,11 +347,11 @@ def test_ragged_samples(p, s):
         and isinstance(a[0].to_dict(), dict)
     )
     assert torch.allclose(
-        a[1].pred.fused, p.predict(text=x["text"][1]).pred.fused, atol=1e-5
+        a[1].pred.fused, p.explain(text=x["text"][1]).pred.fused, atol=1e-5
     )
     assert torch.allclose(
         a[2].pred.fused,
-        p.predict(audio=x["audio"][2], text=x["text"][2]).pred.fused,
+        p.explain(audio=x["audio"][2], text=x["text"][2]).pred.fused,
         atol=1e-5,
     )
 
@@ -379,7 +381,7 @@ def test_ragged_samples(p, s):
 )
 def test_wrong_inputs_are_one_sentence(p, given, said):
     with pytest.raises(InputError, match=said) as e:
-        p.predict(**given)
+        p.explain(**given)
     assert "\n" not in str(e.value)
 
 
@@ -388,13 +390,13 @@ def test_broken_files_are_one_sentence(p, here, content):
     for name, m in (("x.wav", "audio"), ("x.png", "visual")):
         Path(name).write_bytes(content)
         with pytest.raises(InputError, match=name) as e:
-            p.predict(**{m: name})
+            p.explain(**{m: name})
         assert "\n" not in str(e.value)
 
 
 def test_the_head_may_decide(root, s):
     run(cfg := Run(**TINY, method="concat", root=str(root / "runs"), name="concat"))
-    a = Predictor.from_pretrained(cfg.folder).predict(text="he felt glad")
+    a = load(cfg.folder).explain(text="he felt glad")
     assert a.weights is None and "weight" not in a.json() and "weight" not in str(a)
     a.plot().clear()
 
@@ -413,16 +415,12 @@ def test_save_is_small_and_whole(moods, p, here):
         "result.json",
     ]
     assert (
-        Predictor.from_pretrained("mine")
+        load("mine")
         .predict(text="glad")
-        .pred.fused.equal(p.predict(text="glad").pred.fused)
+        .pred.fused.equal(p.explain(text="glad").pred.fused)
     )
     text = Path("mine/README.md").read_text()
-    assert (
-        "mla on synthetic" in text
-        and "happy, sly" in text
-        and "Predictor.from_pretrained" in text
-    )
+    assert "mla on synthetic" in text and "happy, sly" in text and "load" in text
     with pytest.raises(InputError, match="not empty"):
         p.save("mine")
 
@@ -467,7 +465,7 @@ def test_a_damaged_copy_is_one_sentence(p, here, damage, said):
     p.save("mine")
     damage()
     with pytest.raises(InputError, match=said) as e:
-        Predictor.from_pretrained("mine")
+        load("mine")
     assert "\n" not in str(e.value)
 
 
@@ -481,15 +479,15 @@ def test_a_run_folder_with_gaps_is_one_sentence(moods, here, name, key):
     del found[key]
     Path(f"r/{name}.json").write_text(json.dumps(found))
     with pytest.raises(InputError, match=f"{key}|checksum"):
-        Predictor.from_pretrained("r")  # whichever is seen first
+        load("r")  # whichever is seen first
 
 
 def test_not_a_run(here):
     Path("empty").mkdir()
     with pytest.raises(InputError, match="no such folder"):
-        Predictor.from_pretrained("gone")
+        load("gone")
     with pytest.raises(InputError, match="not the folder of a finished run"):
-        Predictor.from_pretrained("empty")
+        load("empty")
 
 
 # ---- tables ----
@@ -501,7 +499,7 @@ def test_a_table(p, files, s):
     files[4] |= {"audio": "", "visual": "", "text": ""}
     Path("5.png").write_bytes(b"junk")
     table(files)
-    r = answer_table(p, "t.csv", "out.csv", batch_size=2, progress=False)
+    r = predict_table(p, "t.csv", "out.csv", batch_size=2, progress=False)
     rows = list(csv.DictReader(open("out.csv")))
     assert (
         [x["id"] for x in rows] == [f"s{i}" for i in range(6)]
@@ -513,7 +511,7 @@ def test_a_table(p, files, s):
         and "none of" in rows[4]["reason"]
         and "not a readable image" in rows[5]["reason"]
     )
-    one = p.predict(audio="0.wav", visual="0.png", text=s.test.x["text"][0])
+    one = p.explain(audio="0.wav", visual="0.png", text=s.test.x["text"][0])
     assert (
         rows[0]["answer"] == one.names[0]
         and abs(float(rows[0]["probability"]) - float(one.probs.max())) < 1e-4
@@ -530,18 +528,18 @@ def test_answers_belong_to_files_as_they_were(p, files):
     "A row is mended, or a recording replaced: the old answers are not given out for it"
     files[2]["audio"] = "later.wav"
     table(files)
-    assert answer_table(p, "t.csv", "out.csv", progress=False)["answered"] == 5
+    assert predict_table(p, "t.csv", "out.csv", progress=False)["answered"] == 5
     Path("later.wav").write_bytes(Path("1.wav").read_bytes())
     with pytest.raises(
         InputError, match="files that have changed since; choose another --out"
     ):
-        answer_table(p, "t.csv", "out.csv", progress=False)
-    assert answer_table(p, "t.csv", "new.csv", progress=False)["answered"] == 6
+        predict_table(p, "t.csv", "out.csv", progress=False)
+    assert predict_table(p, "t.csv", "new.csv", progress=False)["answered"] == 6
 
 
 def test_no_row_is_answered_twice(p, files, monkeypatch):
     "Stopped between two batches; the same call does the rest"
-    asked, real = [], Predictor.answer
+    asked, real = [], Classifier.predict_items
 
     def answer(self, items):
         if len(asked) == 4:
@@ -549,20 +547,20 @@ def test_no_row_is_answered_twice(p, files, monkeypatch):
         asked.extend(items)
         return real(self, items)
 
-    monkeypatch.setattr(Predictor, "answer", answer)
+    monkeypatch.setattr(Classifier, "predict_items", answer)
     with pytest.raises(KeyboardInterrupt):
-        answer_table(p, "t.csv", "out.csv", batch_size=2, progress=False)
+        predict_table(p, "t.csv", "out.csv", batch_size=2, progress=False)
     assert not Path("out.csv").exists() and len(asked) == 4
     monkeypatch.setattr(
-        Predictor,
+        Classifier,
         "answer",
         lambda self, items: (asked.extend(items), real(self, items))[1],
     )
-    r = answer_table(p, "t.csv", "out.csv", batch_size=5, progress=False)
+    r = predict_table(p, "t.csv", "out.csv", batch_size=5, progress=False)
     assert len(asked) == 6 and r["rows"] == 6
     before = Path("out.csv").stat().st_mtime_ns
     assert (
-        answer_table(p, "t.csv", "out.csv", progress=False) == r
+        predict_table(p, "t.csv", "out.csv", progress=False) == r
         and len(asked) == 6
         and Path("out.csv").stat().st_mtime_ns == before
     )
@@ -571,11 +569,12 @@ def test_no_row_is_answered_twice(p, files, monkeypatch):
 def test_killed_for_real(moods, files):
     "SIGKILL in the middle; the same command goes on, and its output is that of an undisturbed one"
     table([dict(files[i % 6], id=f"r{i}") for i in range(60)])
-    code = "import os; from pathlib import Path; from mla_nb import ask as P; real = P.answer_rows\ndef dies(*a): len(list(Path('.').glob('out.csv.partial/0*.json'))) < 3 or os.kill(os.getpid(), 9); return real(*a)\nP.answer_rows = dies; P.main()"
+    code = "import os; from pathlib import Path; from mla_nb import predict_table as P; real = P.predict_rows\ndef dies(*a): len(list(Path('.').glob('out.csv.partial/0*.json'))) < 3 or os.kill(os.getpid(), 9); return real(*a)\nP.predict_rows = dies; from mla_nb.cli import main; main()"
     command = [
         sys.executable,
         "-c",
         code,
+        "predict",
         str(moods[0]),
         "--csv",
         "t.csv",
@@ -591,8 +590,8 @@ def test_killed_for_real(moods, files):
         not Path("out.csv").exists()
         and len(list(Path("out.csv.partial").glob("0*.json"))) == 3
     )
-    main([str(moods[0]), "--csv", "t.csv", "--out", "out.csv"])
-    main([str(moods[0]), "--csv", "t.csv", "--out", "whole.csv"])
+    mla(["predict", str(moods[0]), "--csv", "t.csv", "--out", "out.csv"])
+    mla(["predict", str(moods[0]), "--csv", "t.csv", "--out", "whole.csv"])
     got, want = (list(csv.DictReader(open(f))) for f in ("out.csv", "whole.csv"))
     assert [r["id"] for r in got] == [f"r{i}" for i in range(60)]
     for a, b in zip(got, want):
@@ -605,21 +604,21 @@ def test_killed_for_real(moods, files):
 def test_somebody_elses_answers_are_never_lost(moods, p, files):
     Path("out.csv").write_text("mine\n")
     with pytest.raises(InputError, match="another run or table"):
-        answer_table(p, "t.csv", "out.csv", progress=False)
+        predict_table(p, "t.csv", "out.csv", progress=False)
     assert Path("out.csv").read_text() == "mine\n"
-    answer_table(p, "t.csv", "a.csv", progress=False)
+    predict_table(p, "t.csv", "a.csv", progress=False)
     table(files[:3])
     with pytest.raises(InputError, match="another run or table"):
-        answer_table(p, "t.csv", "a.csv", progress=False)
+        predict_table(p, "t.csv", "a.csv", progress=False)
     Path("b.csv.partial").mkdir()
     Path("b.csv.partial/notes.txt").write_text("mine")
     with pytest.raises(InputError, match="another run or table"):
-        answer_table(p, "t.csv", "b.csv", progress=False)
+        predict_table(p, "t.csv", "b.csv", progress=False)
     with pytest.raises(InputError, match="no such folder"):
-        answer_table(p, "t.csv", "gone/b.csv", progress=False)
+        predict_table(p, "t.csv", "gone/b.csv", progress=False)
     Path("c.csv.json").write_text('{"mine": 1}')
     with pytest.raises(InputError, match="another run or table"):
-        answer_table(p, "t.csv", "c.csv", progress=False)
+        predict_table(p, "t.csv", "c.csv", progress=False)
     assert (
         Path("c.csv.json").read_text() == '{"mine": 1}'
         and not Path("c.csv.partial").exists()
@@ -627,8 +626,8 @@ def test_somebody_elses_answers_are_never_lost(moods, p, files):
     Path("a.csv").unlink()
     Path("d.csv.partial").mkdir()  # killed before anything was written
     assert (
-        answer_table(p, "t.csv", "a.csv", progress=False)["rows"]
-        == answer_table(p, "t.csv", "d.csv", progress=False)["rows"]
+        predict_table(p, "t.csv", "a.csv", progress=False)["rows"]
+        == predict_table(p, "t.csv", "d.csv", progress=False)["rows"]
         == 3
     )
     assert Path("b.csv.partial/notes.txt").exists()
@@ -657,7 +656,7 @@ def test_somebody_elses_answers_are_never_lost(moods, p, files):
 def test_wrong_tables_are_one_sentence(p, here, text, said):
     Path("t.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=said) as e:
-        answer_table(p, "t.csv", "out.csv", progress=False)
+        predict_table(p, "t.csv", "out.csv", progress=False)
     assert "\n" not in str(e.value) and not Path("out.csv.partial").exists()
 
 
@@ -668,22 +667,23 @@ def test_tables_as_spreadsheets_write_them(p, here):
     Path("sub/t.csv").write_text(
         "\ufeffText;Text_file\nshe felt sad;\n\n;note.txt\n", encoding="utf-8"
     )
-    r = answer_table(p, "sub/t.csv", "out.csv", progress=False)
+    r = predict_table(p, "sub/t.csv", "out.csv", progress=False)
     rows = list(csv.DictReader(open("out.csv")))
     assert (
         [x["id"] for x in rows] == ["1", "2"]
         and r["answered"] == 2
         and r["accuracy"] is None
     )
-    assert rows[1]["answer"] == p.predict(text="he felt glad").names[0]
+    assert rows[1]["answer"] == p.explain(text="he felt glad").names[0]
 
 
 # ---- the command ----
 
 
 def test_command(moods, files, capsys):
-    main(
+    mla(
         [
+            "predict",
             str(moods[0]),
             "--audio",
             "0.wav",
@@ -701,17 +701,17 @@ def test_command(moods, files, capsys):
         "visual" in capsys.readouterr().out
         and Path("why.png").read_bytes()[:4] == b"\x89PNG"
     )
-    main([str(moods[0]), "--text=-- so glad", "--json", "--top", "1"])
+    mla(["predict", str(moods[0]), "--text=-- so glad", "--json", "--top", "1"])
     assert len(json.loads(capsys.readouterr().out)["probabilities"]) == 1
-    main([str(moods[0]), "--csv", "t.csv", "--out", "out.csv"])
+    mla(["predict", str(moods[0]), "--csv", "t.csv", "--out", "out.csv"])
     assert "6 of 6 rows answered, accuracy" in capsys.readouterr().out
-    main([str(moods[0]), "--save", "copy"])
-    main(["copy", "--text", "glad"])
+    mla(["predict", str(moods[0]), "--save", "copy"])
+    mla(["predict", "copy", "--text", "glad"])
     capsys.readouterr()
-    main(["--help"])
+    mla(["predict", "--help"])
     assert "--video" in capsys.readouterr().out
     with pytest.raises(SystemExit) as e:
-        main([str(moods[0]), "--help"])
+        mla(["predict", str(moods[0]), "--help"])
     assert (
         e.value.code == 0 and "--visual FILE" in capsys.readouterr().out
     )  # the modalities of this run
@@ -734,7 +734,7 @@ def test_command_mistakes(moods, files):
     assert "about one sample" in says(r, "--csv", "t.csv", "--out", "o.csv", "--json")
     assert "--out goes with --csv" in says(r, "--text", "x", "--out", "o.csv")
     assert says(r, "--text", "x", "--batch_size", "0").startswith(
-        "mla_predict: --batch_size=0: must be a whole number, at least 1"
+        "mla predict: --batch_size=0: must be a whole number, at least 1"
     )
     assert "kind of picture" in says(r, "--text", "x", "--plot", "why.docx")
     assert "kind of export" in says(r, "--export", "m.pth")
@@ -748,7 +748,7 @@ def test_command_mistakes(moods, files):
 
 
 def with_rule(p, rule):
-    return Predictor(p.net, replace(p.method, rule=rule), p.about, p.result)
+    return Classifier(p.net, replace(p.method, rule=rule), p.about, p.result)
 
 
 def same(program, p):
@@ -777,7 +777,7 @@ def test_every_head_exports(p, s, method, here):
     from mla_nb.runs.run import make_method
 
     m = make_method(Run(method=method, **TINY))
-    q = Predictor(make_net(m.head, dict(p.net.encoders), 6), m, p.about, p.result)
+    q = Classifier(make_net(m.head, dict(p.net.encoders), 6), m, p.about, p.result)
     same(X.traced(q).module(), q)
     if method == "concat":  # mla's is written below
         for lib in ("onnx", "onnxscript", "onnxruntime"):
@@ -819,7 +819,7 @@ def test_resnet18_exports(p, s, here):
     from mla_nb.core import encoders
 
     encs = {
-        m: encoders["resnet18_audio" if m == "audio" else "resnet18_visual"](
+        m: encoders["resnet18_audio" if m == "audio" else "resnet18_image"](
             s.modalities[m], s.train.column(m)[:8]
         )
         for m in ("audio", "visual")
@@ -829,20 +829,22 @@ def test_resnet18_exports(p, s, here):
         "modalities": {m: p.about["modalities"][m] for m in encs},
         "encoders": {m: {"name": "resnet18", "options": {}} for m in encs},
     }
-    q = Predictor(make_net(p.method.head, encs, 6), p.method, about, p.result)
+    q = Classifier(make_net(p.method.head, encs, 6), p.method, about, p.result)
     export_onnx(q, "m.onnx")
     same(X.run_onnx("m.onnx"), q)
 
 
 def test_what_cannot_be_exported_is_one_sentence(p, here):
-    class Odd(torch.nn.Module):
-        num_features, preprocessor = 64, p.net.encoders["audio"].preprocessor
-
+    class Odd(Encoder):
         def forward(self, x):
             return x.flatten(1)[:, :64] * (2.0 if float(x.sum()) > 0 else 1.0)
 
-    q = Predictor(
-        make_net(p.method.head, {**p.net.encoders, "audio": Odd()}, 6),
+    q = Classifier(
+        make_net(
+            p.method.head,
+            {**p.net.encoders, "audio": Odd(64, p.net.encoders["audio"].preprocessor)},
+            6,
+        ),
         p.method,
         p.about,
         p.result,

@@ -29,8 +29,8 @@ INPUTS = {
         "ids": torch.randint(1, 50, (n, 12)),
         "mask": torch.arange(12) < torch.randint(1, 12, (n, 1)),
     },
-    "video": lambda n: torch.randn(n, 3, 32, 32),
-    "image": lambda n: torch.randn(n, 3, 32, 32),
+    "video": lambda n: torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8),
+    "image": lambda n: torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8),
 }
 
 
@@ -63,9 +63,9 @@ def saved(tmp_path):
 def batch(mods, model, n=5):
     torch.manual_seed(1)
     x = {
-        m: torch.randn(n, 1, 128, 64)
+        m: torch.randn(n, 128, 64)
         if m == "audio" and model != "av"
-        else torch.randn(n, 1, 40, 33)
+        else torch.randn(n, 40, 33)
         if m == "audio"
         else INPUTS[m](n)
         for m in mods
@@ -159,11 +159,11 @@ def test_every_entry_is_used_or_known_to_be_idle(saved, model):
 def test_words_and_pictures_are_in_the_slots_of_sound_and_video(saved):
     net = load_released(saved(made("m3ae")))[0]
     assert (
-        isinstance(net.encoders["text"], M3AE)
+        isinstance(net.encoders["text"].net, M3AE)
         and isinstance(net.encoders["image"].net, M3AE)
-        and net.encoders["text"].pool == "all"
+        and net.encoders["text"].net.pool == "all"
     )
-    assert hasattr(net.encoders["text"], "tokens") and not hasattr(
+    assert hasattr(net.encoders["text"].net, "tokens") and not hasattr(
         net.encoders["image"].net, "tokens"
     )
     net = load_released(saved(made("modal3")))[0]
@@ -208,10 +208,10 @@ def test_unknown_rule(saved):
 
 def test_raw_items(saved, tmp_path):
     net = load_released(saved(made("cav")))[0]
-    assert net.encoders["audio"].preprocessor(
+    assert net.encoders["audio"].preprocessor.inputs(
         [torch.zeros(64, 128)]
     ).mean().item() == pytest.approx(5.081 / 4.4849)  # stored with time downwards
-    assert net.encoders["video"].preprocessor(
+    assert net.encoders["video"].preprocessor.inputs(
         [torch.zeros(3, 50, 40, dtype=torch.uint8)]
     ).shape == (1, 3, 32, 32)
     path = saved(made("m3ae"))
@@ -241,7 +241,7 @@ def test_all_that_does_not_fit_is_in_one_sentence(saved):
     state["module.mae_a.blocks_u.0.mlp.fc1.bias"] = torch.zeros(7)
     with pytest.raises(
         InputError,
-        match=r"2 missing \(encoders.audio.body.blocks.0.attn.qkv.bias, encoders.video.net.body.norm.weight\); 2 unexpected \(extra, mae_v.surprise\); 1 misshaped \(encoders.audio.body.blocks.2.fc1.bias is \(7,\), not \(256,\)",
+        match=r"2 missing \(encoders.audio.net.body.blocks.0.attn.qkv.bias, encoders.video.net.body.norm.weight\); 2 unexpected \(extra, mae_v.surprise\); 1 misshaped \(encoders.audio.net.body.blocks.2.fc1.bias is \(7,\), not \(256,\)",
     ) as e:
         load_released(saved(state))
     assert "\n" not in str(e.value)

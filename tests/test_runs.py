@@ -12,11 +12,13 @@ import torch
 from conftest import ROOT, together
 from safetensors.torch import load_file, save_file
 
+from mla_nb.cli import main
 from mla_nb.compare import results, table
 from mla_nb.core import InputError
 from mla_nb.methods.fusion import entropy_rule
 from mla_nb.methods.qmf import energy
-from mla_nb.runs.run import Run, load_run, main, run
+from mla_nb.runs.config import Run
+from mla_nb.runs.run import load_run, run
 from mla_nb.train.checkpoints import load_pred
 
 SMALL = {
@@ -35,12 +37,12 @@ FLAGS = [
     "--threads",
     "1",
 ]
-MLA_RUN = [sys.executable, "-c", "from mla_nb.runs.run import main; main()"]
+MLA_TRAIN = [sys.executable, "-m", "mla_nb.cli", "train"]
 
 
 def cli(*args, cwd, ok=True, **kw):
     out = subprocess.run(
-        [*MLA_RUN, *map(str, args)], capture_output=True, text=True, cwd=cwd, **kw
+        [*MLA_TRAIN, *map(str, args)], capture_output=True, text=True, cwd=cwd, **kw
     )
     assert (out.returncode == 0) == ok, out.stdout + out.stderr
     return out
@@ -76,7 +78,7 @@ def test_two_runs_of_one_seed_are_identical_and_seeds_differ(tmp_path):
 def test_command_line_and_papermill_give_the_same_result(tmp_path, caplog):
     pm = pytest.importorskip("papermill")
     out = cli(*FLAGS, "--method", "mla", "--seed", 1, "--root", "cli", cwd=tmp_path)
-    assert "| synthetic" in out.stdout and "best possible" in out.stdout
+    assert "| synthetic" in out.stdout and "Bayes accuracy" in out.stdout
     pm.execute_notebook(
         ROOT / "nbs/experiments/run.ipynb",
         tmp_path / "out.ipynb",
@@ -101,16 +103,19 @@ def test_command_line_and_papermill_give_the_same_result(tmp_path, caplog):
     assert len(images) >= 4
 
 
-def test_papermill_refuses_what_run_does_not_have(tmp_path):
+def test_papermill_warns_about_what_run_does_not_have_and_refuses_wrong_values(
+    tmp_path, caplog
+):
     pm = pytest.importorskip("papermill")
-    with pytest.raises(pm.PapermillExecutionError, match="did you mean 'epochs'"):
+    with pytest.raises(pm.PapermillExecutionError, match="must be a number above 0"):
         pm.execute_notebook(
             ROOT / "nbs/experiments/run.ipynb",
             tmp_path / "out.ipynb",
-            dict(SMALL, epoch=1),
+            dict(SMALL, epoch=1, lr=-1),
             cwd=str(tmp_path),
             progress_bar=False,
         )
+    assert "epoch" in caplog.text  # papermill knows the parameters of the notebook
     assert not (tmp_path / "runs").exists()
 
 
@@ -237,7 +242,7 @@ def dies(self):
     if (self.epoch, self.step) == (2, 5): os.kill(os.getpid(), signal.SIGKILL)
     one_batch(self)
 Learner.one_batch = dies
-from mla_nb.runs.run import main; main()
+from mla_nb.cli import main; main()
 """
 
 
@@ -256,7 +261,7 @@ def test_kill_9_in_the_middle_of_an_epoch(tmp_path):
     ]
     cli(*flags, "--root", "whole", cwd=tmp_path)
     p = subprocess.run(
-        [sys.executable, "-c", DIES, *flags, "--root", "cut"],
+        [sys.executable, "-c", DIES, "train", *flags, "--root", "cut"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -303,7 +308,7 @@ def test_killed_before_the_first_epoch_ended(tmp_path):
 def test_two_processes(tmp_path):
     "torchrun trains on two processes and writes one run"
     args = together(
-        "-m", "mla_nb.runs.run", *FLAGS, "--device", "cpu", "--batch_size", "16"
+        "-m", "mla_nb.cli", "train", *FLAGS, "--device", "cpu", "--batch_size", "16"
     )
     out = subprocess.run(
         args,
@@ -333,7 +338,7 @@ WRONG = [
     (["--epochs", "many"], "epochs='many': must be a whole number"),
     (["--lr", "fast"], "lr='fast': must be a number"),
     (["--lr", "-0.1"], "lr=-0.1: must be a number above 0"),
-    (["--epoch", "3"], "unknown flag '--epoch': did you mean '--epochs'?"),
+    (["--epoch", "3"], "unknown option '--epoch': did you mean '--epochs'?"),
     (
         ["--dataset_args", "preset=balance"],
         "unknown preset 'balance': did you mean 'balanced'?",
@@ -385,10 +390,10 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
-        main([*FLAGS, *flags])
+        main(["train", *FLAGS, *flags])
     assert (
         says in str(e.value.code)
-        and str(e.value.code).startswith("mla_run: ")
+        and str(e.value.code).startswith("mla train: ")
         and "\n" not in str(e.value.code)
     )
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} <= (
@@ -400,15 +405,15 @@ def test_exit_code_and_stderr(tmp_path):
     out = cli("--method", "mal", cwd=tmp_path, ok=False)
     assert (
         out.returncode == 1
-        and out.stderr.strip().startswith("mla_run: unknown method")
+        and out.stderr.strip().startswith("mla train: unknown method")
         and "Traceback" not in out.stderr
     )
 
 
 def test_root_that_is_a_file(tmp_path):
     (tmp_path / "taken").write_text("x")
-    with pytest.raises(SystemExit, match="^mla_run: cannot read or write .*taken"):
-        main([*FLAGS, "--root", str(tmp_path / "taken")])
+    with pytest.raises(SystemExit, match="^mla train: cannot read or write .*taken"):
+        main(["train", *FLAGS, "--root", str(tmp_path / "taken")])
 
 
 def test_a_failed_run_removes_only_its_own_files(tmp_path):
@@ -550,22 +555,18 @@ def test_files_of_tensors_are_equal_byte_for_byte_and_for_others_to_read(tmp_pat
 
 
 def test_a_run_of_two_processes_is_not_one_of_one(tmp_path, monkeypatch):
-    cfg = Run(**{**SMALL, "epochs": 1}, root=str(tmp_path))
+    small = {**SMALL, "epochs": 1, "root": str(tmp_path)}
+    cfg = Run(**small)
     run(cfg)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        InputError,
-        match="belongs to training on 1 process with batch_size=64 each, and here are 2; start 1",
-    ):
-        run(cfg)
-    monkeypatch.delenv("WORLD_SIZE")
-    path = cfg.folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 2}))
-    with pytest.raises(
-        InputError,
-        match="belongs to training on 2 processes with batch_size=64 each, and here is 1; start 2",
-    ):
-        run(cfg)
+    two = Run(**small)
+    assert two.processes == 2 and two.id != cfg.id
+    assert run(cfg)["id"] == cfg.id  # finished: nothing is trained
+    with pytest.raises(InputError, match="processes is 1 there and 2 here"):
+        run(two.replace(name=cfg.id))
+    with pytest.raises(InputError, match="processes=1, but 2 are started; start 1"):
+        run(cfg.replace(seed=3))
+    assert [p.name for p in tmp_path.iterdir()] == [cfg.id]
 
 
 def test_a_copy_of_a_run_is_no_second_seed_and_rows_say_all_that_differs(tmp_path):
@@ -574,30 +575,28 @@ def test_a_copy_of_a_run_is_no_second_seed_and_rows_say_all_that_differs(tmp_pat
         r,
         {**r, "folder": "elsewhere"},
         {**r, "run": {**r["run"], "seed": 1}},
-        {**r, "processes": 2},
-        {**r, "run": {**r["run"], "accumulate": 2}},
+        {**r, "run": {**r["run"], "processes": 2}},
+        {**r, "run": {**r["run"], "accumulation_steps": 2}},
     ]
     rows = [line.split(" | ") for line in table(copies).splitlines()[2:-1]]
     assert [(row[1].removeprefix("mla epochs=1"), row[2]) for row in rows] == [
         ("", "2"),
         (", processes=2", "1"),
-        (", accumulate=2", "1"),
+        (", accumulation_steps=2", "1"),
     ]
 
 
 def test_accuracies_as_a_picture(tmp_path, capsys):
     run(Run(**{**SMALL, "epochs": 1}), root=tmp_path / "runs")
-    from mla_nb.compare import table_main
-
-    table_main([str(tmp_path / "runs"), "--plot", str(tmp_path / "a.png")])
+    main(["table", str(tmp_path / "runs"), "--plot", str(tmp_path / "a.png")])
     assert (tmp_path / "a.png").read_bytes()[
         :4
-    ] == b"\x89PNG" and "best possible" in capsys.readouterr().out
+    ] == b"\x89PNG" and "Bayes accuracy" in capsys.readouterr().out
     folder = next((tmp_path / "runs").iterdir())
     import shutil
 
     for k in range(12):
         shutil.copytree(folder, tmp_path / f"runs/copy{k}")
     with pytest.raises(SystemExit, match="13 runs below .* are too many"):
-        table_main([str(tmp_path / "runs"), "--plot", str(tmp_path / "b.png")])
+        main(["table", str(tmp_path / "runs"), "--plot", str(tmp_path / "b.png")])
     assert not (tmp_path / "b.png").exists()

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_nb.core import Batch, InputError, discover, methods
+from mla_nb.encoders.base import ModuleEncoder
 from mla_nb.encoders.image import Pixels
 from mla_nb.heads import make_net
 from mla_nb.methods.base import predictions
@@ -56,9 +56,9 @@ def batch(n=12, missing=0.0, seed=0):
 
 def learner(method, batches, **kw):
     set_seed(0)
-    encs = {m: nn.Sequential(nn.Linear(5, 8), nn.Tanh()) for m in MODS}
-    for e in encs.values():
-        e.num_features = 8
+    encs = {
+        m: ModuleEncoder(nn.Sequential(nn.Linear(5, 8), nn.Tanh()), 8) for m in MODS
+    }
     return Learner(
         make_net(method.head, encs, 3),
         Loaders(batches, batches, batches, Shuffle(40)),
@@ -246,7 +246,7 @@ def test_plain_fused_sgd_still_fails_and_ours_leaves_idle_parameters_alone():
 def test_channels_last_changes_the_layout_and_nothing_else():
     cfg = Run(**TINY, method="concat")
     s = make_dataset(cfg)
-    a, b = (build(replace(cfg, channels_last=c), s) for c in (False, True))
+    a, b = (build(cfg.replace(channels_last=c), s) for c in (False, True))
     for l in (a, b):
         l.callbacks = [c for c in l.callbacks if isinstance(c, Recorder)]
         l.fit(1)
@@ -276,7 +276,7 @@ def test_compiled_falls_back_with_one_sentence(capsys):
 def test_options_that_came_later_leave_the_names_of_runs_alone():
     plain = Run()
     for k, v in {
-        "accumulate": 1,
+        "accumulation_steps": 1,
         "shuffle": "all",
         "augment": "",
         "channels_last": False,
@@ -284,9 +284,9 @@ def test_options_that_came_later_leave_the_names_of_runs_alone():
         "tf32": False,
         "fused": False,
     }.items():
-        assert replace(plain, **{k: v}).id == plain.id
+        assert plain.replace(**{k: v}).id == plain.id
     for k, v in {
-        "accumulate": 2,
+        "accumulation_steps": 2,
         "shuffle": "shards",
         "augment": "flip",
         "channels_last": True,
@@ -294,7 +294,7 @@ def test_options_that_came_later_leave_the_names_of_runs_alone():
         "tf32": True,
         "fused": True,
     }.items():
-        assert replace(plain, **{k: v}).id != plain.id
+        assert plain.replace(**{k: v}).id != plain.id
 
 
 # prediction -----------------------------------------------------------------------------------------------------------
@@ -359,12 +359,12 @@ def test_only_training_pictures_vary():
 def test_all_frames_of_a_clip_alike():
     frame = torch.randint(0, 255, (3, 24, 24), dtype=torch.uint8)
     for seed in range(20):
-        clip = Pixels(24).vary(torch.stack([frame] * 3), seed)
+        clip = Pixels(24).augment(torch.stack([frame] * 3), seed)
         assert (
             clip.dtype == torch.uint8
             and clip[0].equal(clip[1])
             and clip[0].equal(clip[2])
-            and clip[0].equal(Pixels(24).vary(frame, seed))
+            and clip[0].equal(Pixels(24).augment(frame, seed))
         )
 
 
@@ -372,7 +372,7 @@ def test_the_callers_chance_is_left_alone():
     torch.manual_seed(3)
     a = torch.rand(1)
     torch.manual_seed(3)
-    Pixels(8).vary(torch.zeros(3, 8, 8), 1)
+    Pixels(8).augment(torch.zeros(3, 8, 8), 1)
     assert torch.rand(1).equal(a)
 
 
@@ -388,7 +388,7 @@ def test_a_run_with_everything_on(tmp_path):
         Run(
             **TINY,
             augment="crop,flip",
-            accumulate=2,
+            accumulation_steps=2,
             channels_last=True,
             fused=True,
             precision="bf16",
@@ -401,7 +401,7 @@ def test_a_run_with_everything_on(tmp_path):
             Run(
                 **TINY,
                 augment="crop,flip",
-                accumulate=2,
+                accumulation_steps=2,
                 channels_last=True,
                 fused=True,
                 precision="bf16",

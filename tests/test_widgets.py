@@ -512,7 +512,7 @@ def test_stored_features_and_frames_can_be_browsed(feature):
                 "seconds": 2.0 if feature == "spectrogram" else 1.0,
             },
         ),
-        "video": Modality("visual", "frames"),
+        "video": Modality("video", "frames"),
         "text": Modality("text", "text"),
     }
     g = torch.Generator().manual_seed(0)
@@ -561,7 +561,7 @@ def test_only_sound_is_heard_and_silence_is_no_error(s):
 
 def test_items_are_drawn(s):
     for form, item, drawn in (
-        (Modality("visual", "image"), s.test[0]["x"]["visual"], "images"),
+        (Modality("image", "image"), s.test[0]["x"]["visual"], "images"),
         (s.modalities["audio"], s.test[0]["x"]["audio"], "images"),
         (s.modalities["text"], "hello", "texts"),
         (s.modalities["text"], None, "texts"),
@@ -634,7 +634,7 @@ def test_names_in_a_table_are_escaped(runs, tmp_path):
 
 def test_a_run_that_cannot_be_drawn_is_named(runs, tmp_path):
     with pytest.raises(
-        InputError, match="no finished run there; make some with mla_run"
+        InputError, match="no finished run there; make some with mla train"
     ):
         browse_runs(tmp_path)
     for lost in ("metrics.jsonl", "predictions.safetensors"):

@@ -5,18 +5,12 @@ Each holds what the dataset's preset says, spelled out: papermill nbs/experiment
 
 from pathlib import Path
 
+from mla_nb.core import datasets, discover
 from mla_nb.runs.run import Run
 
+discover()
 OUT = Path(__file__).parents[1] / "nbs/experiments/params"
-MODALITIES = {
-    "synthetic": ["audio", "visual", "text"],
-    "digits": ["audio", "image"],
-    "cremad": ["audio", "video"],
-    "food101": ["image", "text"],
-    "mvsa": ["image", "text"],
-    "iemocap": ["audio", "video", "text"],
-    "kinetics": ["audio", "video"],
-}
+MODALITIES = {n: s.modalities for n, s in datasets.items() if s.modalities}
 METHODS = [
     "concat",
     "sum",

@@ -1,0 +1,1 @@
+"""Data: preprocessing, the prepared format, and one module per dataset."""

@@ -331,7 +331,7 @@ def render(
     return out
 
 # %% ../../nbs/02_synthetic.ipynb #4e29db53
-@datasets
+@datasets.register(modalities=("audio", "visual", "text"), classes=tuple(MOODS))
 def synthetic(
     preset: str = "lazy",  # 'lazy' or 'balanced'
     seed: int = 0,  # another seed, other samples
@@ -352,7 +352,7 @@ def synthetic(
     k, mods = turn_knobs(preset, **knobs), [m.strip() for m in modalities.split(",")]
     kinds = {
         "audio": Modality("audio", "wave", {"rate": k.rate}),
-        "visual": Modality("visual", "image"),
+        "visual": Modality("image", "image"),
         "text": Modality("text", "text"),
     }
     for m in mods:

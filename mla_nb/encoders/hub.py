@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FILES', 'INPUTS', 'TOWERS', 'TIED', 'POOLS', 'ARGS', 'hub_folder', 'tower', 'portable', 'rebuilt', 'hf_net', 'pooled',
            'blocks_of', 'freeze', 'Partly', 'HubNet', 'backbone', 'HubTokens', 'hub_tokens', 'hf_text', 'HubPixels',
-           'hub_pixels', 'hf_visual', 'HubFbank', 'HubWave', 'hub_sound', 'hf_audio', 'timm_net', 'timm_blocks',
-           'timm_visual']
+           'hub_pixels', 'hf_image', 'HubFbank', 'HubWave', 'hub_sound', 'hf_audio', 'timm_net', 'timm_blocks',
+           'timm_image']
 
 # %% ../../nbs/23_hub.ipynb #a35a80da
 import json
@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import InputError, Modality, encoders, nearest, stack, unknown
-from .audio import excerpt, fbank, with_preprocessor
+from ..core import InputError, Modality, encoders, unknown
+from .base import Encoder, Preprocessor
 from .image import OverFrames, Pixels
 from .text import Tokens
-from ..tools import read_json
+from ..signals import excerpt, fbank
+from ..tools import nearest, read_json
 
 # %% ../../nbs/23_hub.ipynb #ecf8e735
 FILES = [
@@ -106,19 +107,19 @@ def _reading(model):
 # %% ../../nbs/23_hub.ipynb #9439d5a8
 INPUTS = {
     "text": "input_ids",
-    "visual": "pixel_values",
+    "image": "pixel_values",
     "audio": "input_values",
 }  # what a model of each kind is fed with
 TOWERS = {
     "text": "text_config",
-    "visual": "vision_config",
+    "image": "vision_config",
     "audio": "audio_config",
 }  # CLIP and its like: one config in another
 
 
 def tower(
     cfg,  # as AutoConfig reads it
-    kind: str,  # 'text', 'visual' or 'audio'
+    kind: str,  # 'text', 'image' or 'audio'
     model: str,  # what to call it in an error
 ):  # the config of the part that reads this kind
     "Of a model with several towers, the one that is wanted"
@@ -298,14 +299,20 @@ def freeze(
     ]
 
 # %% ../../nbs/23_hub.ipynb #394c2655
-class Partly(nn.Module):
+class Partly(Encoder):
     "A backbone that trains in part: what is frozen stays in eval mode, so that dropout and batch statistics rest too"
 
     def __init__(
-        self, net, width: int, blocks: list, train_last: int = -1, unused: tuple = ()
+        self,
+        net,
+        width: int,
+        blocks: list,
+        train_last: int = -1,
+        unused: tuple = (),
+        **about,  # as for any encoder
     ):
-        super().__init__()
-        self.net, self.num_features = net, width
+        super().__init__(width, **about)
+        self.net = net
         self.awake = freeze(net, blocks, train_last, unused)
         self.train(self.training)
 
@@ -324,7 +331,15 @@ class Partly(nn.Module):
 class HubNet(Partly):
     "A backbone of transformers, pooled: tensors, or {'ids','mask'} for text -> (B,D)"
 
-    def __init__(self, net, cfg, kind: str, pool: str = "mean", train_last: int = -1):
+    def __init__(
+        self,
+        net,
+        cfg,  # of the architecture
+        kind: str,
+        pool: str = "mean",
+        train_last: int = -1,
+        **about,  # as for any encoder
+    ):
         if pool not in POOLS:
             raise unknown("pool", pool, POOLS)
         sizes = getattr(cfg, "hidden_sizes", None)  # convolutional: one per stage
@@ -334,8 +349,9 @@ class HubNet(Partly):
             blocks_of(net),
             train_last,
             () if pool == "pooler" else ("pooler",),
+            **about,
         )
-        self.kind, self.pool = kind, pool
+        self.cfg, self.kind, self.pool = cfg, kind, pool
 
     def forward(self, x):
         if self.kind == "text":
@@ -348,14 +364,15 @@ class HubNet(Partly):
 
 # %% ../../nbs/23_hub.ipynb #f790afce
 def backbone(
-    kind: str,  # 'text', 'visual' or 'audio'
+    kind: str,  # 'text', 'image' or 'audio'
     model: str,  # a folder or a hub name
     pretrained: bool = True,  # False: random weights
     train_last: int = -1,  # blocks that train, from the end; 0: none; -1: everything
     checkpoint: bool = False,  # recompute activations in the backward pass, to save memory
     pool: str = "mean",  # of `POOLS`
     config: dict | None = None,  # of a stored run, instead of looking the model up
-) -> tuple:  # (HubNet with its recipe, folder with the tokenizer or processor; None with `config`)
+    preprocessor=None,  # makes one from (folder, config of the architecture)
+) -> tuple:  # (HubNet with its recipe, folder with its files; None with `config`)
     "A pooled, partly frozen backbone of transformers"
     if not model:
         raise InputError(
@@ -383,27 +400,42 @@ def backbone(
             )
         if checkpoint:
             _checkpointing(net)
-        enc = HubNet(net, cfg, kind, pool, train_last)
-    enc.cfg, enc.weights = cfg, model if pretrained else "random"
-    enc.recipe = {
-        "model": model,
-        "pretrained": False,
-        "train_last": train_last,
-        "checkpoint": checkpoint,
-        "pool": pool,
-        "config": portable(cfg),
-    }
+        recipe = {
+            "model": model,
+            "pretrained": False,
+            "train_last": train_last,
+            "checkpoint": checkpoint,
+            "pool": pool,
+            "config": portable(cfg),
+        }
+        enc = HubNet(
+            net,
+            cfg,
+            kind,
+            pool,
+            train_last,
+            preprocessor=preprocessor and preprocessor(folder, cfg),
+            recipe=recipe,
+            weights_source=model if pretrained else "random",
+        )
     return enc, folder
 
 # %% ../../nbs/23_hub.ipynb #7f29fea3
-@dataclass
 class HubTokens(Tokens):
     "Sentences -> {'ids','mask'}, by a model's own tokenizer"
 
-    pad: int = 0  # what fills up
+    def __init__(
+        self,
+        tokenizer: str = "",  # as JSON
+        length: int = 16,  # positions; longer texts are cut
+        pad: int = 0,  # what fills up
+    ):
+        super().__init__(tokenizer, length)
+        self.pad = pad
 
     @property
     def tok(self):
+        "The tokenizer itself, made on first use"
         if self._tok is None:
             from tokenizers import Tokenizer
 
@@ -412,23 +444,21 @@ class HubTokens(Tokens):
             self._tok.enable_truncation(self.length)  # keeps the closing token
         return self._tok
 
-    def fit(self, texts, limit: int = 128) -> "HubTokens":
+    def fit(self, items, limit: int = 128) -> "HubTokens":
         "Long enough for 95% of the texts, up to `limit` tokens"
         self.length, self._tok = limit, None
-        lengths = torch.tensor(
-            [len(e.ids) for e in self.tok.encode_batch(list(texts))]
-        ).float()
+        encoded = self.tok.encode_batch(list(items))
+        lengths = torch.tensor([len(e.ids) for e in encoded]).float()
         self.length, self._tok = min(limit, max(4, int(lengths.quantile(0.95)))), None
         return self
 
-    def __call__(self, texts) -> dict:
-        ids = torch.full((len(texts), self.length), self.pad)
-        mask = torch.zeros(len(texts), self.length, dtype=torch.bool)
-        for i, e in enumerate(self.tok.encode_batch(list(texts))):
-            ids[i, : len(e.ids)], mask[i, : max(1, len(e.ids))] = (
-                torch.tensor(e.ids, dtype=torch.long),
-                True,
-            )  # an empty text is one filler
+    def forward(self, items) -> dict:
+        "Texts as {'ids','mask'}, (B,length) each"
+        ids = torch.full((len(items), self.length), self.pad)
+        mask = torch.zeros(len(items), self.length, dtype=torch.bool)
+        for i, e in enumerate(self.tok.encode_batch(list(items))):
+            ids[i, : len(e.ids)] = torch.tensor(e.ids, dtype=torch.long)
+            mask[i, : max(1, len(e.ids))] = True  # an empty text is one filler
         return {"ids": ids, "mask": mask}
 
 # %% ../../nbs/23_hub.ipynb #59220c23
@@ -467,42 +497,44 @@ def hf_text(
     config=None,  # of `backbone`
 ):
     "A text backbone of transformers by hub name or folder, e.g. text=hf:bert-base-uncased(train_last=2)"
-    enc, folder = backbone(
-        "text", model, pretrained, train_last, checkpoint, pool, config
-    )
-    if preprocessor:
-        return with_preprocessor(enc, HubTokens(**preprocessor))
-    with _reading(model):
-        return with_preprocessor(enc, hub_tokens(folder, enc.cfg, items))
+
+    def words(folder, cfg):
+        if preprocessor:
+            return HubTokens.from_config(preprocessor)
+        return hub_tokens(folder, cfg, items)
+
+    return backbone(
+        "text", model, pretrained, train_last, checkpoint, pool, config, words
+    )[0]
 
 # %% ../../nbs/23_hub.ipynb #996b1685
-@dataclass
 class HubPixels(Pixels):
-    "Images or clips as a model wants them: resized, the center cut out, standardized with its own mean and sd"
+    "Images or clips as a model wants them: resized, cut to the center, standardized"
 
-    edge: int | None = (
-        None  # the shorter side before the center is cut out; None: the picture is squeezed into the square
-    )
-    mode: str = "bilinear"  # or 'bicubic'
+    def __init__(
+        self,
+        size: int | None = None,  # pixels along a side
+        mean: tuple = (0.5, 0.5, 0.5),
+        std: tuple = (0.25, 0.25, 0.25),
+        edge: int | None = None,  # shorter side before the cut; None: squeeze
+        mode: str = "bilinear",  # or 'bicubic'
+    ):
+        super().__init__(size, mean, std)
+        self.edge, self.mode = edge, mode
 
-    def resize(self, item):
+    def encode(self, item):
+        "(…,3,size,size) uint8"
         item = torch.as_tensor(item)
         x = item.float().flatten(0, -4) if item.dim() > 3 else item.float()[None]
         h, w = x.shape[-2:]
-        to = (
-            (self.size, self.size)
-            if not self.edge
-            else tuple(max(self.size, self.edge * n // min(h, w)) for n in (h, w))
-        )
+        to = (self.size, self.size)
+        if self.edge:
+            to = tuple(max(self.size, self.edge * n // min(h, w)) for n in (h, w))
         if (h, w) != to:
             x = F.interpolate(x, to, mode=self.mode, antialias=True).clamp(0, 255)
         top, left = (to[0] - self.size) // 2, (to[1] - self.size) // 2
-        return (
-            x[..., top : top + self.size, left : left + self.size]
-            .round()
-            .byte()
-            .view(*item.shape[:-2], self.size, self.size)
-        )
+        x = x[..., top : top + self.size, left : left + self.size].round().byte()
+        return x.view(*item.shape[:-2], self.size, self.size)
 
 # %% ../../nbs/23_hub.ipynb #ae16b3b8
 def hub_pixels(folder) -> HubPixels:
@@ -542,13 +574,12 @@ def _hub_pixels_of(folder, model):
 
 
 def _over_frames(enc, preprocessor):
-    over = OverFrames(enc)
-    over.recipe, over.weights = enc.recipe, enc.weights
-    return with_preprocessor(over, preprocessor)
+    return OverFrames(
+        enc, enc.num_features, preprocessor, enc.recipe, enc.weights_source
+    )
 
 # %% ../../nbs/23_hub.ipynb #5d2da5f4
-@encoders
-def hf_visual(
+def hf_image(
     mod: Modality,
     items=None,
     preprocessor=None,
@@ -561,12 +592,15 @@ def hf_visual(
 ):
     "An image backbone of transformers by hub name or folder, on images or frames, e.g. image=hf:google/vit-base-patch16-224"
     enc, folder = backbone(
-        "visual", model, pretrained, train_last, checkpoint, pool, config
+        "image", model, pretrained, train_last, checkpoint, pool, config
     )
-    return _over_frames(
-        enc,
-        HubPixels(**preprocessor) if preprocessor else _hub_pixels_of(folder, model),
-    )
+    if preprocessor:
+        return _over_frames(enc, HubPixels.from_config(preprocessor))
+    return _over_frames(enc, _hub_pixels_of(folder, model))
+
+
+for kind in ("image", "video"):
+    encoders(hf_image, f"hf_{kind}")
 
 # %% ../../nbs/23_hub.ipynb #510c7230
 def _as_rate(wave, rate, wanted):
@@ -577,62 +611,64 @@ def _as_rate(wave, rate, wanted):
     return resample(torch.as_tensor(wave), rate, wanted)
 
 # %% ../../nbs/23_hub.ipynb #7a221f1c
-@dataclass
-class HubFbank:
-    "Filter banks (rows,bins), or waveforms from which they are made -> (B,rows,bins) as a model wants them"
+class HubFbank(Preprocessor):
+    "Filter banks (rows,bins), or waveforms -> (B,rows,bins) as a model wants them"
 
-    mean: float = 0.0
-    std: float = 1.0
-    rows: int = 1024  # frames of 10 ms
-    bins: int = 128
-    rate: int = 0  # Hz of the waveforms; 0: the items are filter banks
+    def __init__(
+        self,
+        mean: float = 0.0,
+        std: float = 1.0,
+        rows: int = 1024,  # frames of 10 ms
+        bins: int = 128,
+        rate: int = 0,  # Hz of the waveforms; 0: the items are filter banks
+    ):
+        super().__init__()
+        self.rows, self.bins, self.rate = rows, bins, rate
+        self.statistic("mean", mean)
+        self.statistic("std", std)
 
-    def bank(self, item):
-        return (
-            fbank(_as_rate(item, self.rate, 16000), 16000, self.bins, self.rows)
-            if self.rate
-            else item
-        )
+    def encode(self, item):
+        "(rows,bins) filter bank"
+        if not self.rate:
+            return torch.as_tensor(item)
+        return fbank(_as_rate(item, self.rate, 16000), 16000, self.bins, self.rows)
 
-    def __call__(self, items):
-        return (stack([self.bank(i) for i in items]).float() - self.mean) / (
-            2 * self.std
-        )
+    def normalize(self, x):
+        "(B,rows,bins), scaled as the model was trained"
+        return (x.float() - self.mean) / (2 * self.std)
 
 # %% ../../nbs/23_hub.ipynb #0ee5a094
-@dataclass
-class HubWave:
+class HubWave(Preprocessor):
     "Waveforms -> (B,T) of one length, at a model's rate; short ones are repeated"
 
-    rate: int = 16000  # Hz of the items
-    wanted: int = 16000  # Hz
-    seconds: float = 1.0
-    normalize: bool = True  # mean 0 and variance 1 each
+    def __init__(
+        self,
+        rate: int = 16000,  # Hz of the items
+        wanted: int = 16000,  # Hz
+        seconds: float = 1.0,
+        standardize: bool = True,  # mean 0 and variance 1 each
+    ):
+        super().__init__()
+        self.rate, self.wanted = rate, wanted
+        self.seconds, self.standardize = seconds, standardize
 
     def fit(self, items) -> "HubWave":
         "Long enough for 95% of the recordings, up to ten seconds"
-        self.seconds = float(
-            torch.tensor([len(i) / self.rate for i in items])
-            .quantile(0.95)
-            .clamp(0.1, 10)
-        )
+        lengths = torch.tensor([len(i) / self.rate for i in items])
+        self.seconds = float(lengths.quantile(0.95).clamp(0.1, 10))
         return self
 
-    def __call__(self, items):
-        x = torch.stack(
-            [
-                excerpt(
-                    _as_rate(i, self.rate, self.wanted), int(self.seconds * self.wanted)
-                )
-                for i in items
-            ]
-        ).float()
-        return (
-            (x - x.mean(1, keepdim=True))
-            / (x.var(1, unbiased=False, keepdim=True) + 1e-7).sqrt()
-            if self.normalize
-            else x
-        )
+    def encode(self, item):
+        "(T,) samples at the model's rate"
+        wave = _as_rate(item, self.rate, self.wanted)
+        return excerpt(wave, int(self.seconds * self.wanted)).float()
+
+    def normalize(self, x):
+        "(B,T), each with mean 0 and variance 1 if the model wants that"
+        if not self.standardize:
+            return x
+        variance = x.var(1, unbiased=False, keepdim=True)
+        return (x - x.mean(1, keepdim=True)) / (variance + 1e-7).sqrt()
 
 # %% ../../nbs/23_hub.ipynb #7649c388
 def hub_sound(folder, cfg, mod: Modality, items, model: str):
@@ -647,7 +683,7 @@ def hub_sound(folder, cfg, mod: Modality, items, model: str):
         return _for_banks(p, cfg, mod, rate, model)
     if mod.form == "wave":
         return HubWave(
-            rate, p.get("sampling_rate", 16000), normalize=p.get("do_normalize", True)
+            rate, p.get("sampling_rate", 16000), standardize=p.get("do_normalize", True)
         ).fit(items)
     raise InputError(
         f"model {model!r} reads waveforms, and this dataset stores {_stored(mod)}; take a model that reads filter banks (hf:MIT/ast-finetuned-audioset-10-10-0.4593) "
@@ -697,15 +733,16 @@ def hf_audio(
     config=None,
 ):
     "An audio backbone of transformers by hub name or folder: AST on filter banks, wav2vec 2.0 and its like on waveforms"
-    enc, folder = backbone(
-        "audio", model, pretrained, train_last, checkpoint, pool, config
-    )
-    if preprocessor:
-        return with_preprocessor(
-            enc, (HubFbank if "bins" in preprocessor else HubWave)(**preprocessor)
-        )
-    with _reading(model):
-        return with_preprocessor(enc, hub_sound(folder, enc.cfg, mod, items, model))
+
+    def sound(folder, cfg):
+        if preprocessor:
+            cls = HubFbank if "bins" in preprocessor else HubWave
+            return cls.from_config(preprocessor)
+        return hub_sound(folder, cfg, mod, items, model)
+
+    return backbone(
+        "audio", model, pretrained, train_last, checkpoint, pool, config, sound
+    )[0]
 
 # %% ../../nbs/23_hub.ipynb #490bc8fa
 def _timm_files(model, pretrained):
@@ -782,8 +819,7 @@ def timm_blocks(net) -> list:
     ]  # the first group is the stem
 
 # %% ../../nbs/23_hub.ipynb #504539ed
-@encoders
-def timm_visual(
+def timm_image(
     mod: Modality,  # what the items are
     items=None,
     preprocessor=None,  # training items; stored prep
@@ -811,22 +847,24 @@ def timm_visual(
             getattr(net, "head_hidden_size", None) or net.num_features,
             timm_blocks(net),
             train_last,
+            recipe={
+                **found,
+                "pretrained": False,
+                "train_last": train_last,
+                "checkpoint": checkpoint,
+            },
+            weights_source=model if pretrained else "random",
         )
         c = timm.data.resolve_model_data_config(net)
-    enc.recipe, enc.weights = (
-        dict(found, pretrained=False, train_last=train_last, checkpoint=checkpoint),
-        model if pretrained else "random",
-    )
+    if preprocessor:
+        return _over_frames(enc, HubPixels.from_config(preprocessor))
     side = c["input_size"][-1]
-    return _over_frames(
-        enc,
-        HubPixels(**preprocessor)
-        if preprocessor
-        else HubPixels(
-            side,
-            tuple(c["mean"]),
-            tuple(c["std"]),
-            round(side / c["crop_pct"]),
-            "bilinear" if c["interpolation"] == "bilinear" else "bicubic",
-        ),
+    mode = "bilinear" if c["interpolation"] == "bilinear" else "bicubic"
+    pixels = HubPixels(
+        side, tuple(c["mean"]), tuple(c["std"]), round(side / c["crop_pct"]), mode
     )
+    return _over_frames(enc, pixels)
+
+
+for kind in ("image", "video"):
+    encoders(timm_image, f"timm_{kind}")

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..core import InputError, unknown
+from .base import Encoder
 
 # %% ../../nbs/20_masked.ipynb #77b5e394
 def patchify(
@@ -166,7 +167,7 @@ def pooled(
     return (z * here).sum(1) / here.sum(1)
 
 # %% ../../nbs/20_masked.ipynb #e2c0f436
-class M3AE(nn.Module):
+class M3AE(Encoder):
     "The encoder of M3AE (arXiv 2205.14204): {'ids','mask'} or (B,3,H,W) -> (B,width); `reads`: what it has embeddings for"
 
     def __init__(
@@ -179,11 +180,12 @@ class M3AE(nn.Module):
         patch: int = 16,
         pool: str = "present",
         checkpoint: bool = False,
+        **about,  # as for any encoder
     ):
-        super().__init__()
+        super().__init__(width, **about)
         if pool not in POOLS:
             raise unknown("pool", pool, POOLS)
-        self.num_features, self.patch, self.pool = width, patch, pool
+        self.patch, self.pool = patch, pool
         self.cls, self.body = (
             nn.Parameter(torch.zeros(1, 1, width)),
             Body(width, depth, heads, checkpoint),
@@ -244,7 +246,7 @@ class M3AE(nn.Module):
         )
 
 # %% ../../nbs/20_masked.ipynb #a15b8983
-class CAVMAE(nn.Module):
+class CAVMAE(Encoder):
     "One path through CAV-MAE (arXiv 2210.07839): (B,channels,H,W) -> (B,width); its last block is the shared one, with the norms of this modality"
 
     def __init__(
@@ -256,9 +258,10 @@ class CAVMAE(nn.Module):
         grid,  # rows and columns of patches
         patch: int = 16,
         checkpoint: bool = False,
+        **about,  # as for any encoder
     ):
-        super().__init__()
-        self.num_features, self.grid, self.patch = width, tuple(grid), patch
+        super().__init__(width, **about)
+        self.grid, self.patch = tuple(grid), patch
         self.patches, self.kind = (
             nn.Linear(channels * patch**2, width),
             nn.Parameter(torch.zeros(1, 1, width)),

@@ -13,9 +13,9 @@ import torch
 from torch import tensor
 
 from ..core import InputError, rules, unknown
+from .base import Pred, fuse, valid_mask
 from .ensemble import mean_rule
 from ..tools import modality_color, play, slider
-from .base import Pred, fuse, valid_mask
 
 # %% ../../nbs/10_fusion.ipynb #1fe50f8f
 #| export

@@ -8,10 +8,10 @@ __all__ = ['mla', 'mla_fixed', 'gate_of_batch', 'mla_released', 'mla_frozen', 'c
 # %% ../../nbs/11_mla.ipynb #409f0b2e
 from ..core import Splits, call, methods
 from ..heads import SharedHead
+from .base import Method, predictions, scores
 from .ensemble import alternating
 from .fusion import FixedWeights, make_rule, released_gate
 from .projection import GradProjection, ScaleHead
-from .base import Method, predictions, scores
 
 # %% ../../nbs/11_mla.ipynb #1e2cee37
 @methods

@@ -14,9 +14,10 @@ from torch import nn, tensor
 from torch.nn.utils import parameters_to_vector
 
 from ..core import Batch, InputError, select_rows, unknown, validate_option
+from ..encoders.base import ModuleEncoder
 from ..heads import SharedHead, make_net
-from ..tools import modality_color, play, set_seed, slider
 from .base import GradTransform, Turn, ce_loss
+from ..tools import modality_color, play, set_seed, slider
 
 # %% ../../nbs/09_projection.ipynb #f510eb7b
 def update_projection(
@@ -284,9 +285,7 @@ def _two_encoders():
     x = {m: torch.randn(8, 5) for m in ("audio", "visual")}
     here = torch.ones(8, dtype=torch.bool)
     b = Batch(x, torch.arange(8) % 3, dict.fromkeys(x, here), torch.arange(8))
-    encs = {m: nn.Sequential(nn.Linear(5, 16), nn.ReLU()) for m in x}
-    for e in encs.values():
-        e.num_features = 16
+    encs = {m: ModuleEncoder(nn.Sequential(nn.Linear(5, 16), nn.ReLU()), 16) for m in x}
     return b, make_net(SharedHead, encs, 3)
 
 

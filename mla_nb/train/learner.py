@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 from ..core import Batch, InputError, Splits, TensorSplit, unknown
+from ..encoders.base import ModuleEncoder
 from ..heads import Net, make_net
 from mla_nb.methods.base import (
     Callback,
@@ -469,8 +470,7 @@ def _toy(mods, n, seed):
     }
     encs = {}
     for m in mods:
-        encs[m] = nn.Sequential(nn.Linear(5, 8), nn.ReLU())
-        encs[m].num_features = 8
+        encs[m] = ModuleEncoder(nn.Sequential(nn.Linear(5, 8), nn.ReLU()), 8)
     return Batch(
         x, y, {m: torch.ones(n, dtype=torch.bool) for m in mods}, torch.arange(n)
     ), encs

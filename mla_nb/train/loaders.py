@@ -54,7 +54,7 @@ class ShardShuffle(Shuffle):
 # %% ../../nbs/32_loaders.ipynb #dd2026c5
 def loaders(
     s: Splits,  # a dataset
-    preprocessors: dict,  # modality -> prep of its encoder
+    preprocessors: dict,  # modality -> preprocessor of its encoder
     batch_size: int = 64,  # samples per training batch
     seed: int = 0,  # of the training order
     workers: int = 0,  # processes that prepare batches
@@ -64,10 +64,10 @@ def loaders(
     shuffle: str = "all",  # or 'shards': only among a few shards at a time
 ) -> Loaders:
     "DataLoaders of a dataset"
-    sampler, make = (
-        make_sampler(s.train, seed, shuffle),
-        partial(collate, preprocessors=preprocessors),
-    )
+    sampler = make_sampler(s.train, seed, shuffle)
+    # copies, which stay on the CPU when the encoders move
+    preprocessors = {m: p.copy() for m, p in preprocessors.items()}
+    make = partial(collate, preprocessors=preprocessors)
 
     def loader(part, **kw):
         few = [
@@ -82,11 +82,7 @@ def loaders(
             )
         return DataLoader(
             part,
-            collate_fn=partial(
-                collate,
-                preprocessors=preprocessors
-                and {m: getattr(p, "pack", p) for m, p in preprocessors.items()},
-            ),
+            collate_fn=make,
             pin_memory=pin,
             num_workers=workers,
             persistent_workers=workers > 0,

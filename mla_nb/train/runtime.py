@@ -465,7 +465,7 @@ class Runtime(Processes):
         if learn.per_loss and learn.method.compares_rows and self.micro_batch_size:
             raise InputError(
                 "micro-batches: a loss that compares rows has no gradient per named "
-                "loss in parts; leave out micro_batch_size (accumulate=1)."
+                "loss in parts; leave out micro_batch_size (accumulation_steps=1)."
             )
         self.place(learn)
         self.wrap_loaders(learn)

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from ..core import InputError
-from ..tools import modality_color, png, write_atomic
 from ..methods.base import Callback
+from ..tools import modality_color, png, write_atomic
 from .learner import Diverged, Recorder, plot_learning
 
 # %% ../../nbs/34_watching.ipynb #30527696
