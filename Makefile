@@ -137,7 +137,7 @@ chapter: $(READY) ## execute chapters in place: make chapter N=10
 	$(if $(N),$(BIN)/python tools/nbs.py run $(N),@echo "which one? make chapter N=10"; exit 1)
 
 export: $(READY) ## notebooks -> mla_nb/, and the index of all names
-	$(BIN)/python tools/export.py
+	$(BIN)/nbdev_export
 	$(BIN)/python tools/index.py
 readme: $(READY) ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/nbs.py readme

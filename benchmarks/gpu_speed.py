@@ -29,7 +29,7 @@ from mla_nb.runs.run import Run, make_opt
 from mla_nb.tools import set_seed
 from mla_nb.train.learner import Learner, Recorder
 from mla_nb.train.loaders import Loaders, Shuffle
-from mla_nb.train.runtime import Accelerate
+from mla_nb.train.runtime import Runtime
 from mla_nb.train.watching import StopOnNaN
 
 CLASSES = 6
@@ -105,14 +105,16 @@ def ours(make, b, device, **how):
     "A closure that takes one batch's turns, and the net"
     set_seed(0)
     cfg, method = Run(lr=1e-4, **how), mla()
-    fast = Accelerate(device, cfg.precision, cfg.channels_last, cfg.compiled, cfg.tf32)
+    how = cfg.precision, cfg.channels_last, cfg.compiled, cfg.tf32
     learn = Learner(
         make_net(method.head, make(), CLASSES),
         Loaders([b] * 20, [], [], Shuffle(len(b))),
         method,
         make_opt(cfg),
-        [fast, StopOnNaN(), Recorder()],
+        [StopOnNaN(), Recorder()],
+        runtime=Runtime(device, *how),
     )
+    learn.runtime.prepare(learn)
     learn.net.train()
     for c in learn.callbacks:
         c.before_fit(learn)

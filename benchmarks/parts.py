@@ -119,19 +119,21 @@ def parts(B, size=224):
         state[m].backward(torch.full_like(state[m], 1e-3))
 
     def head():
-        learn.turn = b.only(["video"])
-        learn.z = {"video": torch.randn(B, 512, device=DEVICE, requires_grad=True)}
-        learn.loss = method.loss(learn)
-        learn.loss.backward()
+        z = torch.randn(B, 512, device=DEVICE, requires_grad=True)
+        state["turn"] = turn = learn.make_turn(b.only(["video"]))
+        turn.features = {"video": z}
+        loss = method.loss(turn)
+        loss.backward()
+        turn.losses = {"loss": loss.detach()}
 
     def optimizer():
         learn.opt.step()
         learn.opt.zero_grad()
 
     def logging():
-        guard.after_backward(learn)
-        record.after_backward(learn)
-        record.after_step(learn)
+        guard.after_backward(learn, state["turn"])
+        record.after_backward(learn, state["turn"])
+        record.after_step(learn, state["turn"])
 
     for m in encs:
         jobs[f"{m}: encoder forward"] = partial_(forward, m)
@@ -139,8 +141,8 @@ def parts(B, size=224):
     jobs |= {
         "head, loss and their backward, twice": lambda: (head(), head()),
         "projection, twice": lambda: (
-            edit.after_backward(learn),
-            edit.after_backward(learn),
+            edit.after_backward(learn, state["turn"]),
+            edit.after_backward(learn, state["turn"]),
         ),
         "NaN guard and recorder, twice": lambda: (logging(), logging()),
         "optimizer": optimizer,

@@ -159,9 +159,7 @@ class Net(nn.Module):
         if alone:
             enc.eval()  # one row has no batch statistics
         x = x if rows is None else select_rows(x, rows)
-        if getattr(x, "dtype", None) == torch.uint8:
-            x = enc.preprocessor.finish(x)  # pictures travel as bytes
-        z = enc(x)
+        z = enc(enc.preprocessor.normalize(x))
         if alone:
             enc.train()
         if m in self.adapters:

@@ -19,8 +19,9 @@ from mla_nb.core import (
 )
 from mla_nb.data.synthetic import PRESETS, faces, sentences, synthetic, voices
 from mla_nb.encoders.base import Encoder, Preprocessor, check_encoder
-from mla_nb.heads import Conditioned, Head, check_head
+from mla_nb.heads import Head, check_head
 from mla_nb.methods.fusion import check_rule, make_rule
+from mla_nb.methods.joint import Conditioned
 from mla_nb.methods.projection import check_projection
 from mla_nb.train.learner import check_method
 

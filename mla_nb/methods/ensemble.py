@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['alternating', 'mean_rule', 'ensemble']
 
-# %% ../../nbs/08_alternating.ipynb #9f6ff57c
+# %% ../../nbs/08_alternating.ipynb #851a329a
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,7 +14,7 @@ from ..core import Batch, InputError, methods, unknown
 from ..heads import SeparateHead
 from .base import Method, turn_of, valid_mask
 
-# %% ../../nbs/08_alternating.ipynb #529fa7fb
+# %% ../../nbs/08_alternating.ipynb #a392d6ae
 def _check_order(order: list, b: Batch):
     "Refuse an order with an unknown modality, and one that leaves a modality out"
     for m in order:
@@ -50,7 +50,7 @@ def alternating(
 
     return shuffled if order == ["random"] else turns
 
-# %% ../../nbs/08_alternating.ipynb #0c90e042
+# %% ../../nbs/08_alternating.ipynb #26e6a324
 def mean_rule(
     logits,  # (M,B,C)
     present,  # (M,B) bool
