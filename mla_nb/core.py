@@ -42,6 +42,9 @@ class Registry(dict):
         return partial(self, name=name)
 
     def __missing__(self, name):
+        discover()  # perhaps its module has not been imported yet
+        if name in self:
+            return self[name]
         raise unknown(self.kind, name, self)
 
 # %% ../nbs/01_data.ipynb #8b2ec13c
