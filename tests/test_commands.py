@@ -251,9 +251,7 @@ def test_something_is_checked():
     seen = {words[0] for _, words in ALL}
     assert {
         "make",
-        "mla_run",
-        "mla_grid",
-        "mla_table",
+        "mla",
         "papermill",
         "python",
     } <= seen and len(ALL) > 40
