@@ -153,14 +153,15 @@ def call(
     }
     return factory(**{**{k: v for k, v in context.items() if k in params}, **given})
 
-# %% ../nbs/46_tools.ipynb #ba62e21a
+# %% ../nbs/46_tools.ipynb #4999d8aa
 def as_rate(
     v,  # 0.5, '0.5', 'audio=.5,text=.2', {'audio': .5}, or '' for none
     name="rate",  # what to call it in an error
-):  # a number for all modalities, or {modality: number}; modalities that are not named lose nothing
+):  # a number for all modalities, or {modality: number}; others lose nothing
     "A rate of missing items, checked"
     wrong = InputError(
-        f"{name}={v!r}: must be a rate from 0 to below 1 for every modality, e.g. '0.5', or one for each that loses samples, e.g. 'audio=.5,text=.2'."
+        f"{name}={v!r}: must be a rate from 0 to below 1 for every modality, e.g. "
+        "'0.5', or one for each that loses samples, e.g. 'audio=.5,text=.2'."
     )
 
     def number(r):
