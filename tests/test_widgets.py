@@ -47,16 +47,19 @@ from mla_nb.widgets import play, png, slider
 
 discover()
 
+
 @pytest.fixture(autouse=True)
 def nothing_stays_open():
     "Widgets leave no figure behind; what a test itself drew is closed here"
     yield
     plt.close("all")
 
+
 def parts(box):
     "Controls by description, the sentence, the picture of what `play` made"
     controls, note, picture = box.children
     return {c.description: c for c in controls.children}, note, picture
+
 
 def turn(box, label, value):
     "Turn a knob; the picture must follow, and no figure may stay open"
@@ -70,11 +73,14 @@ def turn(box, label, value):
         and plt.get_fignums() == here
     )
 
+
 # core: what all of them are made of ------------------------------------------------------------------------------------
+
 
 def dots(n):
     plt.figure(figsize=(2, 1))
     plt.plot(range(n), "o")
+
 
 def test_png_closes_its_own_figures_only_also_when_drawing_fails():
     plt.close("all")  # those of other tests
@@ -88,6 +94,7 @@ def test_png_closes_its_own_figures_only_also_when_drawing_fails():
     with pytest.raises(InputError):
         png(breaks)
     assert plt.get_fignums() == [mine.number]
+
 
 def test_png_is_not_interrupted_by_jupyter(monkeypatch):
     "A click in another thread makes Jupyter show every open figure; while we draw, both of its hooks are off, and on again afterwards"
@@ -115,10 +122,12 @@ def test_png_is_not_interrupted_by_jupyter(monkeypatch):
         shell.events.unregister("post_execute", flush_figures)
         InteractiveShell.clear_instance()
 
+
 def test_sliders_speak_when_let_go():
     a, b = slider("a", 0.5, 0.0, 1.0), slider("b", 2, 0, 9, 1)
     assert not a.continuous_update and not b.continuous_update
     assert type(a.value) is float and type(b.value) is int and a.description == "a"
+
 
 def test_nonsense_is_answered_in_one_escaped_sentence_and_the_picture_stays():
     def draw(n):
@@ -139,6 +148,7 @@ def test_nonsense_is_answered_in_one_escaped_sentence_and_the_picture_stays():
     knobs["n"].value = 1
     assert not note.value and picture.value != old
 
+
 def test_errors_of_ours_are_not_hidden():
     def draw(n):
         return 1 / n
@@ -146,13 +156,16 @@ def test_errors_of_ours_are_not_hidden():
     with pytest.raises(ZeroDivisionError):
         play(draw, n=slider("n", 0, 0, 9, 1))
 
+
 def test_two_widgets_do_not_know_each_other():
     one, two = play_projection(), play_projection()
     old = parts(two)[2].value
     turn(one, "turns", 5)
     assert parts(two)[2].value == old
 
+
 # 01: what modalities say, and the bound --------------------------------------------------------------------------------
+
 
 def test_every_knob_moves_the_bound():
     box = play_knobs()
@@ -165,6 +178,7 @@ def test_every_knob_moves_the_bound():
     assert "at most 1" in note.value and picture.value == old
     with pytest.raises(InputError, match="did you mean 'lazy'"):
         play_knobs("lasy")
+
 
 def test_knobs_are_drawn_as_they_are():
     k = turn_knobs("lazy", text_expressed=0.3, text_blank=0.65)
@@ -179,7 +193,9 @@ def test_knobs_are_drawn_as_they_are():
     )  # ticks: as it was
     assert bounds(k)["text"] == pytest.approx(0.3 + 0.65 / 6) and len(bounds(k)) == 7
 
+
 # 10: the plane -----------------------------------------------------------------------------------------------------------
+
 
 def test_every_knob_moves_the_projection():
     box = play_projection()
@@ -192,12 +208,14 @@ def test_every_knob_moves_the_projection():
     ):
         turn(box, label, value)
 
+
 def drawn(ax):
     return {
         q.get_label(): np.array([q.U, q.V]).ravel()
         for q in ax.collections
         if hasattr(q, "U")
     }
+
 
 def test_the_arrows_are_where_they_should_be():
     a = drawn(plot_projection(audio=0.0, visual=90.0, gradient=45.0, lam=1e-4, turns=1))
@@ -214,6 +232,7 @@ def test_the_arrows_are_where_they_should_be():
         remember([unit(0), unit(90)], 2, 1.0), torch.eye(2) / 2, atol=1e-6
     )
 
+
 @pytest.mark.parametrize(
     "kw", [{"lam": 0.0}, {"lam": -1.0}, {"turns": -1}, {"turns": 1.5}]
 )
@@ -222,7 +241,9 @@ def test_the_plane_refuses_nonsense(kw):
         plot_projection(**kw)
     assert str(e.value).count("\n") == 0
 
+
 # 11: four rules ----------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("mods", [("audio", "visual"), ("audio", "visual", "text")])
 def test_every_knob_moves_the_fusion(mods):
@@ -232,6 +253,7 @@ def test_every_knob_moves_the_fusion(mods):
             turn(box, f"{m}, {c}", -1.5)
         turn(box, f"{m} is there", False)  # in the end nobody is there
     assert len(parts(box)[0]) == 4 * len(mods)
+
 
 def test_four_answers_by_hand():
     l = torch.tensor([[2.0, 0, 0], [0, 1, 0]])
@@ -248,6 +270,7 @@ def test_four_answers_by_hand():
     for w, p in four_answers(l, [False, False]).values():
         assert not w.any() and torch.allclose(p, torch.full((3,), 1 / 3))
 
+
 def test_fusion_is_drawn_as_it_is():
     answers, rules = plot_fusion([[2.0, 0, 0], [0, 1, 0]], [True, False])
     assert [t.get_text() for t in answers.get_legend().get_texts()] == [
@@ -261,6 +284,7 @@ def test_fusion_is_drawn_as_it_is():
         t.get_text() for t in plot_fusion(torch.zeros(2, 3), [False, False])[1].texts
     ] == ["nobody"] * 4
 
+
 @pytest.mark.parametrize("n", [1, 4])
 def test_fusion_wants_two_or_three(n):
     with pytest.raises(InputError, match="2 or 3"):
@@ -268,7 +292,9 @@ def test_fusion_wants_two_or_three(n):
     with pytest.raises(InputError, match=f"for {n} modalities"):
         four_answers(torch.zeros(n, 3))
 
+
 # 06: watching and stopping -----------------------------------------------------------------------------------------------
+
 
 class Press(Callback):
     "Presses Stop (or sets the flag) in a batch of an epoch"
@@ -284,6 +310,7 @@ class Press(Callback):
         views = [c for c in learn.callbacks if isinstance(c, LiveView)]
         views[0].button.click() if views else setattr(learn, "stop", True)
 
+
 def toy(*cbs, batches=4, method=None):
     b, encs = _toy(("audio", "visual"), 24, 0)
     torch.manual_seed(0)
@@ -294,6 +321,7 @@ def toy(*cbs, batches=4, method=None):
         method,
         callbacks=cbs,
     )
+
 
 def test_stop_keeps_what_was_learned_and_counts_whole_epochs_only():
     class Steps(Callback):
@@ -316,9 +344,11 @@ def test_stop_keeps_what_was_learned_and_counts_whole_epochs_only():
     learn.callbacks = []
     assert learn.fit(6).epoch == 6 and not learn.stop  # and on it goes
 
+
 def test_stop_in_the_last_batch_of_an_epoch_loses_nothing():
     learn = toy(Recorder(1), Press(1, 3)).fit(6)
     assert (learn.epoch, len(learn.history)) == (2, 2)
+
 
 def test_stop_after_an_epoch():
     class Enough(Callback):
@@ -327,10 +357,12 @@ def test_stop_after_an_epoch():
 
     assert toy(Enough()).fit(9).epoch == 3
 
+
 def test_without_stop_nothing_is_different():
     a, b = toy().fit(3), toy(Press(9, 9)).fit(3)
     for p, q in zip(a.net.parameters(), b.net.parameters()):
         assert p.equal(q)
+
 
 def test_live_view_draws_after_every_epoch_and_its_button_stops(capsys):
     pictures = []
@@ -362,9 +394,11 @@ def test_live_view_draws_after_every_epoch_and_its_button_stops(capsys):
         and not plt.get_fignums()
     )
 
+
 def test_live_view_wants_a_recorder():
     with pytest.raises(InputError, match=r"put a Recorder\(\)"):
         toy(LiveView()).fit(1)
+
 
 def test_live_picture_shows_the_last_epoch():
     learn = toy(Recorder(1)).fit(3)
@@ -378,11 +412,14 @@ def test_live_picture_shows_the_last_epoch():
         and len(curves.lines[0].get_xdata()) == 3
     )
 
+
 # 13: samples -------------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def s():
     return synthetic(n_train=40, n_valid=10, n_test=12)
+
 
 @pytest.fixture(scope="module")
 def ask(s):
@@ -396,6 +433,7 @@ def ask(s):
     }
     return asker(make_net(SharedHead, encs, 6).eval(), method)
 
+
 def heard(data):
     with wave.open(io.BytesIO(data)) as f:
         return (
@@ -403,6 +441,7 @@ def heard(data):
             f.getnframes(),
             np.frombuffer(f.readframes(f.getnframes()), "<i2"),
         )
+
 
 def test_samples_are_seen_heard_hidden_and_asked_about(s, ask):
     box = browse_samples(s, ask)
@@ -418,12 +457,14 @@ def test_samples_are_seen_heard_hidden_and_asked_about(s, ask):
     turn(top, "show audio", True)
     assert ear.layout.display == "" and heard(ear.value)[0] == 8000
 
+
 def test_browsing_needs_no_net_and_a_split_that_exists(s):
     turn(
         browse_samples(s).children[0], "sample", 39
     )  # of 12 test samples: counted round
     with pytest.raises(InputError, match="did you mean 'valid'"):
         browse_samples(s, split="valdi")
+
 
 def test_what_is_hidden_is_not_heard_by_the_net(s, ask):
     item = s.test[0]
@@ -448,11 +489,13 @@ def test_what_is_hidden_is_not_heard_by_the_net(s, ask):
     ].get_text() == "–"
     assert len(plot_sample(item, s)) == 3
 
+
 STORED = {
     "log_mel": ((32, 20), 1.0),
     "spectrogram": ((129, 50), 2.0),
     "fbank": ((98, 64), 0.98),
 }
+
 
 @pytest.mark.parametrize("feature", STORED)
 def test_stored_features_and_frames_can_be_browsed(feature):
@@ -491,6 +534,7 @@ def test_stored_features_and_frames_can_be_browsed(feature):
     turn(top, "sample", 1)
     assert ear.layout.display == "none"  # absent: nothing to hear
 
+
 @pytest.mark.parametrize("mel", [True, False])
 def test_a_loud_row_is_heard_at_its_frequency(mel):
     x = torch.full((24, 30), -12.0)
@@ -505,6 +549,7 @@ def test_a_loud_row_is_heard_at_its_frequency(mel):
     w = sonify(x, 1.0, 8000, mel)
     assert np.abs(w[:3000]).max() > 20 * np.abs(w[5000:]).max()
 
+
 def test_only_sound_is_heard_and_silence_is_no_error(s):
     assert (
         sound("a", s.modalities["text"]) is None
@@ -512,6 +557,7 @@ def test_only_sound_is_heard_and_silence_is_no_error(s):
     )
     assert not heard(wav(torch.zeros(100), 8000))[2].any()
     assert np.abs(heard(wav([0.0, -5.0, 2.0], 8000))[2]).max() == 30000  # any scale
+
 
 def test_items_are_drawn(s):
     for form, item, drawn in (
@@ -524,7 +570,9 @@ def test_items_are_drawn(s):
         draw_item(ax, item, form)
         assert len(getattr(ax, drawn)) == 1
 
+
 # 15: runs ----------------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -543,8 +591,10 @@ def runs(tmp_path_factory):
         )
     return root
 
+
 def folders(runs):
     return sorted(p.parent for p in runs.rglob("result.json"))
+
 
 def test_runs_are_browsed(runs):
     box = browse_runs(runs)
@@ -557,6 +607,7 @@ def test_runs_are_browsed(runs):
     turn(top, "beside", str(folders(runs)[0]))
     assert "<b>method" in about.value and "concat" in about.value
     turn(top, "show", "samples")
+
 
 def test_two_runs_side_by_side(runs):
     axs = plot_runs(folders(runs))
@@ -572,12 +623,14 @@ def test_two_runs_side_by_side(runs):
         "<tr>"
     ) == len(told)
 
+
 def test_names_in_a_table_are_escaped(runs, tmp_path):
     bad = shutil.copytree(folders(runs)[0], tmp_path / "bad")
     about = json.loads((bad / "config.json").read_text())
     about["run"]["dataset_args"] = {"preset": "<script>alert(1)</script>"}
     (bad / "config.json").write_text(json.dumps(about))
     assert "<script>" not in side_by_side([bad])
+
 
 def test_a_run_that_cannot_be_drawn_is_named(runs, tmp_path):
     with pytest.raises(
@@ -596,6 +649,7 @@ def test_a_run_that_cannot_be_drawn_is_named(runs, tmp_path):
     (bad / "config.json").write_text("{")
     with pytest.raises(InputError, match="choose another run"):
         facts(bad)
+
 
 def test_samples_of_a_dataset_that_is_gone(runs, tmp_path):
     "The pictures of the folder are still there; its samples are not, and a sentence says so"
