@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from functools import cache
 from unittest.mock import patch
 
