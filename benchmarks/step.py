@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from mla_nb.core import Batch, collate, encoders
+from mla_nb.core import Batch, collate, discover, encoders
 from mla_nb.data.synthetic import synthetic
 from mla_nb.encoders.audio import resnet18_trunk
 from mla_nb.encoders.base import ModuleEncoder
@@ -193,6 +193,7 @@ def memory():
 
 
 if __name__ == "__main__":
+    discover()
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
