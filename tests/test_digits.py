@@ -166,7 +166,7 @@ def make(names, data=b"x"):
     with zipfile.ZipFile(out, "w") as z:
         for n in names:
             z.writestr(n, data)
-    open("made.zip", "wb").write(out.getvalue())
+    Path("made.zip").write_bytes(out.getvalue())
     return ["--archive", "made.zip"]
 
 

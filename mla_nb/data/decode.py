@@ -6,10 +6,9 @@
 __all__ = ['file_problem', 'encode_image', 'decode_image', 'decode_wave', 'load_wave']
 
 # %% ../../nbs/reference/02_decode.ipynb #973ad24f
-import torch  # noqa: F401
+import io  # noqa: F401
 
 # %% ../../nbs/17_prepared.ipynb #d8b7e177
-import io
 from pathlib import Path
 
 import numpy as np
