@@ -139,7 +139,9 @@ class Augment:
         what: str,  # one of `kinds`
         learn,  # its seed and epoch decide how
     ):
-        preps = {m: getattr(e, "preprocessor", None) for m, e in learn.net.encoders.items()}
+        preps = {
+            m: getattr(e, "preprocessor", None) for m, e in learn.net.encoders.items()
+        }
         self.preprocessors = {m: p for m, p in preps.items() if hasattr(p, "vary")}
         self.what, self.learn = what, learn
         if not self.preprocessors:
