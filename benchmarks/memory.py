@@ -26,8 +26,8 @@ import torch
 from mla_nb.core import Batch
 from mla_nb.encoders.masked import M3AE, SIZES, of_size
 from mla_nb.heads import ConcatHead, make_net
-from mla_nb.methods.mla import mla
 from mla_nb.methods.base import Method
+from mla_nb.methods.mla import mla
 from mla_nb.train.learner import Learner, Recorder
 from mla_nb.train.loaders import Loaders, Shuffle, nbytes
 from mla_nb.train.watching import StopOnNaN

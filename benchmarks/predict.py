@@ -21,9 +21,9 @@ from mla_nb.core import collate, discover, encoders
 from mla_nb.data.decode import encode_image
 from mla_nb.data.media import media_modalities, media_options
 from mla_nb.heads import make_net
+from mla_nb.methods.base import predict
 from mla_nb.methods.mla import mla
 from mla_nb.predict import Predictor
-from mla_nb.methods.base import predict
 
 
 def predictor(family):

@@ -28,8 +28,8 @@ from mla_nb.encoders.audio import resnet18_trunk
 from mla_nb.encoders.base import ModuleEncoder
 from mla_nb.encoders.image import OverFrames
 from mla_nb.heads import ConcatHead, make_net
-from mla_nb.methods.mla import mla
 from mla_nb.methods.base import Method
+from mla_nb.methods.mla import mla
 from mla_nb.train.learner import Learner, Recorder
 from mla_nb.train.loaders import Loaders, Shuffle
 from mla_nb.train.watching import StopOnNaN

@@ -495,7 +495,10 @@ def prepare(
         return
     if dataset not in names:
         raise unknown("dataset", dataset, names)
-    _script(f"prepare_{dataset}.py", ctx.args)
+    from mla_nb.core import datasets, discover
+
+    discover()
+    datasets[dataset].prepare(ctx.args)
 
 
 @command(context_settings=THROUGH)

@@ -28,7 +28,7 @@ from .methods.base import Pred
 from .missing import draw_item
 from .runs.config import Run, split_list, with_args, with_options
 from .runs.run import RunFolder, make_dataset, make_method, read_history, run
-from .tools import InputError, modality_color, play, read_json
+from .tools import InputError, read_json
 from .train.checkpoints import Stopped, load_pred
 from .train.learner import plot_learning
 
@@ -138,6 +138,8 @@ def plot_losses(
     "Training loss per turn (solid) and validation loss per modality (dashed)"
     import matplotlib.pyplot as plt
 
+    from mla_nb.plots import modality_color
+
     ax = ax or plt.subplots(figsize=(6, 3))[1]
     rows = read_history(folder)
     for part, style in (("train", "-"), ("valid", "--")):
@@ -157,6 +159,8 @@ def plot_weights(
 ):
     "How the fusion rule weights the modalities: one histogram each"
     import matplotlib.pyplot as plt
+
+    from mla_nb.plots import modality_color
 
     ax = ax or plt.subplots(figsize=(6, 2.2))[1]
     if p.weights is None:
@@ -243,6 +247,8 @@ def _right_and_wrong(p, n) -> list:
 
 def _sample_bars(ax, p, i, y, classes):
     "Probability of the true class, and of a class that was preferred to it"
+    from mla_nb.plots import modality_color
+
     opinions = {**{m: logits[i] for m, logits in p.uni.items()}, "fused": p.fused[i]}
     for k, (m, logits) in enumerate(opinions.items()):
         prob = logits.softmax(0)
@@ -260,6 +266,8 @@ def plot_accuracies(
 ):  # a figure
     "Test accuracy per modality and fused, a panel per run; dashed: Bayes accuracy, where it is known"
     import matplotlib.pyplot as plt
+
+    from mla_nb.plots import modality_color
 
     fig, axs = plt.subplots(
         1, len(runs), figsize=(4 * len(runs), 2.6), sharey=True, squeeze=False
@@ -382,6 +390,8 @@ def browse_runs(
 ):  # a widget
     "Choose a run; see its options, curves, weights, confusion and samples, beside those of another run"
     import ipywidgets as w
+
+    from mla_nb.widgets import play
 
     names = {
         str(Path(r["folder"]).relative_to(root)): r["folder"] for r in results(root)
@@ -712,6 +722,8 @@ def compared(
 def plot_compared(data, group):
     "Test accuracy of each method, fused and per modality, with 95% intervals"
     import matplotlib.pyplot as plt
+
+    from mla_nb.plots import modality_color
 
     mods = list(
         dict.fromkeys(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Head', 'ConcatHead', 'SumHead', 'SeparateHead', 'SharedHead', 'check_head', 'Net', 'make_net']
 
-# %% ../nbs/06_heads.ipynb #949b5fbc
+# %% ../nbs/06_heads.ipynb #9599cdd9
 from itertools import combinations
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from .core import Batch, select_rows
 
-# %% ../nbs/06_heads.ipynb #5ae51175
+# %% ../nbs/06_heads.ipynb #f6ea1bfa
 class Head(nn.Module):
     "Features of any non-empty subset of modalities -> logits"
 
@@ -36,7 +36,7 @@ class Head(nn.Module):
         "(B,C) logits of modality `m` from its features (B,D)"
         return self({m: z})
 
-# %% ../nbs/06_heads.ipynb #859e02a0
+# %% ../nbs/06_heads.ipynb #166707e5
 class ConcatHead(Head):
     "One linear layer on concatenated features; a missing modality's term is left out"
 
@@ -59,7 +59,7 @@ class ConcatHead(Head):
         "(B,C) term of `m` and its part of the bias; they add up to the joint logits"
         return F.linear(z, self.block(m), self.out.bias / len(self.widths))
 
-# %% ../nbs/06_heads.ipynb #0ad27b04
+# %% ../nbs/06_heads.ipynb #094a56b7
 class SumHead(Head):
     "One linear layer per modality, logits added; the same functions as `ConcatHead`"
 
@@ -79,12 +79,12 @@ class SumHead(Head):
         "(B,C) term of `m`; all terms add up to the joint logits"
         return self.out[m](z)
 
-# %% ../nbs/06_heads.ipynb #0b7a5389
+# %% ../nbs/06_heads.ipynb #f2fd882a
 def _mean(items: list) -> torch.Tensor:
     "Mean of one or several (B,C)"
     return items[0] if len(items) == 1 else torch.stack(items).mean(0)
 
-# %% ../nbs/06_heads.ipynb #14029862
+
 class SeparateHead(Head):
     "One linear layer per modality, logits averaged: the head of an ensemble"
 
@@ -96,7 +96,7 @@ class SeparateHead(Head):
         "(B,C) logits from features z[m] (B,D)"
         return _mean([self.out[m](v) for m, v in z.items()])
 
-# %% ../nbs/06_heads.ipynb #a85d377b
+# %% ../nbs/06_heads.ipynb #127a7415
 class SharedHead(Head):
     "One linear layer that all modalities use in turn (MLA, arXiv 2311.10707, 4.1)"
 
@@ -109,7 +109,7 @@ class SharedHead(Head):
         "(B,C) logits from features z[m] (B,D)"
         return _mean([self.out(v) for v in z.values()])
 
-# %% ../nbs/06_heads.ipynb #95fcfcbf
+# %% ../nbs/06_heads.ipynb #b7020cf6
 def check_head(
     head_class,  # called as head_class(widths, classes)
     mods=("audio", "visual", "text"),  # names of modalities
@@ -128,7 +128,7 @@ def check_head(
         same = torch.allclose(out, swapped, atol=1e-5)
         assert same, f"{name} depends on the order of {sub}"
 
-# %% ../nbs/06_heads.ipynb #ac49cb4b
+# %% ../nbs/06_heads.ipynb #add1ef98
 class Net(nn.Module):
     "Encoders by modality, and a head"
 
@@ -148,7 +148,7 @@ class Net(nn.Module):
         )
 
     def no_statistics(self, m: str, k: int) -> bool:
-        "Has batch norm `k` rows too few? Synchronized, it sees those of other processes"
+        "Has batch norm `k` rows too few? Synchronized, it sees those of others"
         norms = self.encoders[m].modules() if k == 1 else ()
         return k == 1 and not any(isinstance(n, nn.SyncBatchNorm) for n in norms)
 
@@ -200,7 +200,7 @@ class Net(nn.Module):
         "(B,C) logits of a batch"
         return self.combine(self.features(b), b)
 
-# %% ../nbs/06_heads.ipynb #975664d7
+
 def make_net(
     head_class,  # e.g. SharedHead
     encs: dict,  # modality -> encoder

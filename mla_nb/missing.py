@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from .core import Batch, InputError, Modality, Splits, collate, unknown
 from .heads import Net
 from .methods.base import Method, Pred, predict, predictions
-from .tools import as_rate, modality_color, play, rate_text, slider
+from .tools import as_rate, rate_text
 
 # %% ../nbs/15_missing.ipynb #1d0f7106
 def missing_mask(
@@ -436,6 +436,8 @@ def plot_sample(
     "A sample as a person meets it, and what a net makes of it; bars that are wrong are pale"
     import matplotlib.pyplot as plt
 
+    from mla_nb.plots import modality_color
+
     n = len(s.modalities) + (p is not None)
     axs, truth = (
         plt.subplots(1, n, figsize=(2.7 * n, 2.3), layout="constrained", squeeze=False)[
@@ -470,6 +472,8 @@ def browse_samples(
 ):  # a widget
     "Look at samples, listen to them, read them; hide a modality and see what the net says then"
     import ipywidgets as w
+
+    from mla_nb.widgets import play, slider
 
     if split not in s.parts:
         raise unknown("split", split, s.parts)

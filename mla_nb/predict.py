@@ -33,14 +33,7 @@ from .methods.fusion import entropy
 from .missing import draw_item, with_missing
 from .runs.config import Run
 from .runs.run import RunFolder, TensorBoard, _about, build, load_run
-from mla_nb.tools import (
-    InputError,
-    modality_color,
-    read_json,
-    sha256,
-    unknown,
-    write_atomic,
-)
+from .tools import InputError, read_json, sha256, unknown, write_atomic
 from .train.checkpoints import States, Stopper
 
 # %% ../nbs/39_predict.ipynb #bbbefdbb
@@ -667,6 +660,8 @@ def show_bars(ax, p, order: list, classes: list, color, title: str):
 # %% ../nbs/39_predict.ipynb #550304ae
 def show_weights(ax, a: Explanation):
     "How much every modality counts; nothing where the head decides"
+    from mla_nb.plots import modality_color
+
     ax.set(title="weights" if a.weights else "the head decides", ylim=(0, 1))
     ax.title.set_fontsize(10)
     if not a.weights:
@@ -687,6 +682,8 @@ def plot_explanation(
 ):  # matplotlib's figure
     "Inputs, opinions, doubts, weights, and what follows from them"
     import matplotlib.pyplot as plt
+
+    from mla_nb.plots import modality_color
 
     a, mods = a[0], a.pred.mods
     if not a.items:

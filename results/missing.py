@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from mla_nb.compare import grid, plan
 from mla_nb.core import TensorSplit
+from mla_nb.methods.base import predictions, scores
 from mla_nb.missing import with_missing
 from mla_nb.runs.run import load_run, make_dataset
-from mla_nb.methods.base import predictions, scores
 
 ROOT = "runs/missing"
 DATA = "synthetic(preset=lazy,n_train=800)"

@@ -15,10 +15,10 @@ import torch
 from mla_nb.compare import grid, plan, tune
 from mla_nb.data.digits import prepare_digits, read_archive
 from mla_nb.evaluation import TemperatureScaled
+from mla_nb.methods.base import fuse
 from mla_nb.methods.fusion import make_rule, released_gate
 from mla_nb.runs.run import read_history
 from mla_nb.train.checkpoints import load_pred
-from mla_nb.methods.base import fuse
 
 HERE, ROOT = Path(__file__).parent, "runs/study"
 DATA = {

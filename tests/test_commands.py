@@ -26,11 +26,7 @@ SCRIPTS = sorted((ROOT / "data_scripts").glob("*.py"))
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.S | re.M)
 PROGRAMS = [
     "make",
-    "mla_run",
-    "mla_table",
-    "mla_grid",
-    "mla_predict",
-    "mla_doctor",
+    "mla",
     "papermill",
     "python",
     "source",
@@ -59,9 +55,7 @@ TRUSTED = [
     "docker",
     "tensorboard",
 ]  # not ours to parse
-SPAN = re.compile(
-    r"(?<!`)`((?:make|mla_run|mla_table|mla_grid|mla_predict|mla_doctor|papermill|python|torchrun) [^`\n]+)`(?!`)"
-)
+SPAN = re.compile(r"(?<!`)`((?:make|mla|papermill|python|torchrun) [^`\n]+)`(?!`)")
 SMALLER = [
     ("epochs=14", "epochs=1, dataset_args='n_train=64,n_valid=32,n_test=32'")
 ]  # the same lines, in seconds
@@ -111,7 +105,7 @@ ALL = sorted(
         (p.name, tuple(shlex.split(s)))
         for p in SCRIPTS
         for s in re.findall(
-            r"^    ((?:python|mla_\w+) .+)$",
+            r"^    ((?:python|mla) .+)$",
             ast.get_docstring(ast.parse(p.read_text()), clean=False),
             re.M,
         )
@@ -191,34 +185,22 @@ def papermill(program, args):
 
 
 def ours(program, args):
-    from mla_nb.runs import run as e
+    "The command line of `mla`, read by its own parser; nothing is carried out"
+    from mla_nb import cli
+    from mla_nb.runs.config import Run
 
-    if args in (["--help"], ["-h"]):
+    group = cli.typer.main.get_command(cli.app)
+    if args[:1] in ([], ["--help"], ["-h"]):
         return None
-    if program == "mla_run":
-        return e.parse(args)
-    if program == "mla_table":
-        assert len(args) <= 1 and not any(a.startswith("-") for a in args)
+    assert args[0] in group.commands, f"what is mla {args[0]}?"
+    if args[0] in ("prepare", "features"):  # passed on to data_scripts/
         return None
-    if program == "mla_doctor":
-        assert not any(a.startswith("-") for a in args)
-        return None
-    if program == "mla_predict":
-        from mla_nb import predict_table as ask
-
-        return ask._parser(ask.ANY).parse_args(args)
-    from mla_nb import compare as c
-
-    given, rest = c._grid_parser().parse_known_args(args)
-    c.plan(
-        given.dataset,
-        ",".join(m for m in e.split_list(given.method) if m != "unimodal"),
-        given.seed,
-        **e.parse(rest, every=False),
-    )
-    for lr in filter(None, given.lr.split(",")):
-        assert float(lr) > 0
-    return None
+    command = group.commands[args[0]]
+    given = command.make_context(args[0], list(args[1:]), resilient_parsing=False)
+    fields = {k: v for k, v in given.params.items() if v is not None}
+    if args[0] == "train":
+        return Run(**{k: v for k, v in fields.items() if k in Run.model_fields})
+    return fields
 
 
 def python(program, args):
@@ -233,8 +215,8 @@ def python(program, args):
 
 
 def torchrun(program, args):
-    at = args.index("mla_nb.runs.run")
-    ours("mla_run", args[at + 1 :])
+    at = args.index("mla_nb.cli")
+    ours("mla", args[at + 1 :])
 
 
 @pytest.mark.parametrize(
@@ -252,13 +234,13 @@ def test_command_is_understood(where, words):
 def test_wrong_commands_are_found():
     for line, error in (
         ("make dmeo", AssertionError),
-        ("mla_run --methd mla", ValueError),
-        ("mla_grid --dataset synthetic --method concat,oggm", ValueError),
+        ("mla train --methd mla", Exception),
+        ("mla tarin --method mla", AssertionError),
         ("papermill nbs/experiments/run.ipynb o.ipynb -p epoch 3", AssertionError),
         ("papermill nbs/nothing.ipynb o.ipynb -p epochs 3", AssertionError),
         ("python data_scripts/prepare_cremad.py --rot X", SystemExit),
         ("python data_scripts/prepare_nothing.py", AssertionError),
-        ("mla_tabel runs", AssertionError),
+        ("mla tabel runs", AssertionError),
     ):
         with pytest.raises(error):
             understood(shlex.split(line))

@@ -1,6 +1,5 @@
 """The digits dataset: preparation from the command line, on made recordings and on the real ones."""
 
-import importlib.util
 import io
 import json
 import zipfile
@@ -8,24 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, killed_at_the_second_shard
+from conftest import killed_at_the_second_shard
 
 from mla_nb.core import InputError, check_dataset
 from mla_nb.data.digits import (
     CONTENT,
     content_sha,
     digits,
+    digits_main,
     miniature,
     prepare_digits,
     read_archive,
 )
 from mla_nb.runs.run import Run, run
-
-spec = importlib.util.spec_from_file_location(
-    "prepare_digits", ROOT / "data_scripts/prepare_digits.py"
-)
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
 
 
 @pytest.fixture
@@ -43,7 +37,7 @@ def tree(folder):
 
 
 def test_prepare_train_predict(here, tones, capsys):
-    script.main(["--archive", str(tones), "--split", "speaker", "--image_noise", "0.3"])
+    digits_main(["--archive", str(tones), "--split", "speaker", "--image_noise", "0.3"])
     assert "ready: data/digits-speaker-noise0.3" in capsys.readouterr().out
     s = digits("data", split="speaker", image_noise=0.3)
     check_dataset(s)
@@ -73,9 +67,9 @@ def test_prepare_train_predict(here, tones, capsys):
 
 
 def test_twice_is_nothing(here, tones, capsys):
-    script.main(["--archive", str(tones)])
+    digits_main(["--archive", str(tones)])
     before = tree(here / "data")
-    script.main(["--archive", str(tones)])
+    digits_main(["--archive", str(tones)])
     assert (
         tree(here / "data") == before and "already prepared" in capsys.readouterr().out
     )
@@ -84,15 +78,15 @@ def test_twice_is_nothing(here, tones, capsys):
 def test_root_gives_the_same_as_archive(here, tones):
     with zipfile.ZipFile(tones) as z:
         z.extractall(here / "clone")
-    script.main(["--root", "clone/miniature", "--out", "a"])
-    script.main(["--archive", str(tones), "--out", "b"])
+    digits_main(["--root", "clone/miniature", "--out", "a"])
+    digits_main(["--archive", str(tones), "--out", "b"])
     assert [(here / f"{x}/train-00000.arrow").read_bytes() for x in "ab"][0] == (
         here / "b/train-00000.arrow"
     ).read_bytes()
 
 
 def test_no_image_is_in_two_splits(here, tones):
-    script.main(["--archive", str(tones)])
+    digits_main(["--archive", str(tones)])
     s = digits("data")
     seen = [
         {i.numpy().tobytes() for i in p.column("image")}
@@ -108,7 +102,7 @@ def test_kill_9_is_repaired_by_running_again(here):
         here, "prepare_digits.py", "--archive", "tones.zip"
     )
     for out in ("cut", "whole"):
-        script.main(["--archive", "tones.zip", "--out", out])
+        digits_main(["--archive", "tones.zip", "--out", out])
     assert not (here / "cut.partial").exists()
     assert all(
         (here / "cut" / n).stat().st_mtime_ns == t for n, t in first.items()
@@ -145,7 +139,7 @@ def test_broken_recording(name, here, tones):
     change, says = BAD[name]
     archive = broken(tones, name, change)
     with pytest.raises(SystemExit, match=says) as e:
-        script.main(["--archive", archive])
+        digits_main(["--archive", archive])
     assert "0_anna_5.wav" in str(e.value) and "\n" not in str(e.value).strip()
     assert not list(here.glob("data/*")), "something half-written was left"
 
@@ -163,7 +157,7 @@ def test_wrong_arguments(here, tones):
         ),
     ]:
         with pytest.raises(SystemExit, match=says):
-            script.main(args)
+            digits_main(args)
     assert not list(here.glob("data/*"))
 
 
@@ -189,7 +183,7 @@ def test_hostile_and_odd_archives(here, tones):
         (["a/readme.md"], "no recordings found"),
     ]:
         with pytest.raises(SystemExit, match=says):
-            script.main(make(names))
+            digits_main(make(names))
     assert sorted(p.name for p in here.iterdir()) == ["made.zip"]
 
 
@@ -208,22 +202,22 @@ def test_a_class_that_is_tested_but_not_trained(here, tones):
     with pytest.raises(
         SystemExit, match="'3' in the (valid|test) split but in no training sample"
     ):
-        script.main(only(tones, lambda d, s, i: d != 3 or i < 5))
+        digits_main(only(tones, lambda d, s, i: d != 3 or i < 5))
     assert not list(here.glob("data/*"))
 
 
 def test_an_empty_split(here, tones):
     with pytest.raises(SystemExit, match="the train split would be empty"):
-        script.main(only(tones, lambda d, s, i: i < 5))
+        digits_main(only(tones, lambda d, s, i: i < 5))
     with pytest.raises(SystemExit, match="the train split would be empty"):
-        script.main(
+        digits_main(
             [*only(tones, lambda d, s, i: s in ("anna", "ben")), "--split", "speaker"]
         )
     assert not list(here.glob("data/*"))
 
 
 def test_a_missing_recording_is_said(here, tones, capsys):
-    script.main(["--archive", broken(tones, "one_less", None), "--split", "speaker"])
+    digits_main(["--archive", broken(tones, "one_less", None), "--split", "speaker"])
     assert (
         "719 recordings that differ from the 3,000 published ones"
         in capsys.readouterr().out
@@ -231,14 +225,14 @@ def test_a_missing_recording_is_said(here, tones, capsys):
 
 
 def test_damaged_dataset(here, tones):
-    script.main(["--archive", str(tones), "--split", "speaker"])
+    digits_main(["--archive", str(tones), "--split", "speaker"])
     shard = next((here / "data/digits-speaker").glob("test-*.arrow"))
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(InputError, match="has 100 bytes"):
         digits("data", split="speaker")
     with pytest.raises(SystemExit, match="has 100 bytes"):
-        script.main(["--archive", str(tones), "--split", "speaker"])
-    script.main(["--archive", str(tones), "--split", "speaker", "--force"])
+        digits_main(["--archive", str(tones), "--split", "speaker"])
+    digits_main(["--archive", str(tones), "--split", "speaker", "--force"])
     check_dataset(digits("data", split="speaker"))
 
 
@@ -247,9 +241,9 @@ def test_other_files_are_never_removed(here, tones):
     (here / "precious/thesis.txt").write_text("four years")
     for force in ([], ["--force"]):
         with pytest.raises(SystemExit, match="holds thesis.txt, but no dataset.json"):
-            script.main(["--archive", str(tones), "--out", "precious", *force])
+            digits_main(["--archive", str(tones), "--out", "precious", *force])
     with pytest.raises(SystemExit, match="is a file"):
-        script.main(["--archive", str(tones), "--out", "precious/thesis.txt"])
+        digits_main(["--archive", str(tones), "--out", "precious/thesis.txt"])
     assert [p.name for p in here.rglob("*") if p.is_file()] == ["thesis.txt"]
 
 
@@ -270,7 +264,7 @@ def test_damaged_description(here, tones, damage):
     (out / "dataset.json").write_text(damage((out / "dataset.json").read_text()))
     with pytest.raises(InputError, match="with --force"):
         digits(here, split="speaker")
-    script.main(
+    digits_main(
         ["--archive", str(tones), "--split", "speaker", "--data", str(here), "--force"]
     )
     check_dataset(digits(here, split="speaker"))
@@ -291,9 +285,9 @@ def test_a_flipped_byte_is_found(here, tones):
 def test_empty_names_are_not_taken_for_something_else(here):
     for flag in ("--archive", "--root"):
         with pytest.raises(SystemExit, match="no such|no recordings"):
-            script.main([flag, ""])
+            digits_main([flag, ""])
     with pytest.raises(SystemExit, match="never taken for recordings"):
-        script.main(["--miniature"])
+        digits_main(["--miniature"])
 
 
 def test_another_version_of_the_data_is_another_run(here, tones):
@@ -320,7 +314,7 @@ def test_another_version_of_the_data_is_another_run(here, tones):
 def test_real_archive(here, real_archive):
     assert content_sha(read_archive(real_archive)) == CONTENT
     for split, n in (("official", (2400, 300, 300)), ("speaker", (1800, 200, 1000))):
-        script.main(["--archive", str(real_archive), "--split", split])
+        digits_main(["--archive", str(real_archive), "--split", split])
         s = digits("data", split=split)
         check_dataset(s)
         assert tuple(map(len, (s.train, s.valid, s.test))) == n
@@ -334,7 +328,7 @@ def test_real_archive(here, real_archive):
 
 def test_real_recordings_are_learned(here, real_archive):
     "Two epochs on the real thing: far above chance with both modalities, and with each"
-    script.main(["--archive", str(real_archive)])
+    digits_main(["--archive", str(real_archive)])
     r = run(Run(dataset="digits", epochs=2, progress=False, threads=1))
     assert (
         r["test"]["accuracy"]["fused"] > 0.85

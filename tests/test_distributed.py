@@ -27,7 +27,7 @@ from mla_nb.core import (
     discover,
     methods,
 )
-from mla_nb.encoders.base import ModuleEncoder
+from mla_nb.encoders.base import Encoder, ModuleEncoder
 from mla_nb.heads import make_net
 from mla_nb.methods.base import Callback, GradTransform, Method
 from mla_nb.methods.ensemble import alternating
@@ -117,13 +117,11 @@ def per_loss():
     return Method(head, alternating(), named, [EachGradient()])
 
 
-class Unused(nn.Module):
+class Unused(Encoder):
     "An encoder with a part that its output does not depend on, as hub encoders have"
 
-    num_features = 6
-
     def __init__(self):
-        super().__init__()
+        super().__init__(6)
         self.used, self.pooler = nn.Linear(5, 6), nn.Linear(6, 6)
 
     def forward(self, x):

@@ -64,6 +64,7 @@ def wheel(source, tmp_path_factory):
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "mla_nb").rglob("*.py")}
+    modules.add("mla_nb/style.mplstyle")
     assert modules <= names and not [
         n for n in names - modules if not n.startswith("mla_nb-")
     ]

@@ -40,10 +40,10 @@ from mla_nb.missing import (
     wav,
 )
 from mla_nb.runs.run import Run, run
-from mla_nb.tools import play, png, slider
 from mla_nb.train.learner import Learner, Recorder, _toy
 from mla_nb.train.loaders import Loaders, Shuffle
 from mla_nb.train.watching import LiveView, plot_live
+from mla_nb.widgets import play, png, slider
 
 discover()
 

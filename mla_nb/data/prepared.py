@@ -76,7 +76,7 @@ def unpack(item, mod: Modality, name: str = ""):
         ]
     )
 
-# %% ../../nbs/17_prepared.ipynb #55405f78
+
 def evenly(
     n: int,  # there are so many
     k: int,  # choose so many
@@ -316,7 +316,7 @@ OURS = re.compile(
     r"|(dataset|plan)\.json|(skipped|incomplete)\.csv"
 )
 
-# %% ../../nbs/17_prepared.ipynb #f6dbb044
+
 def _only_ours(out, part):
     "Refuse a folder that holds anything but what `prepare` writes: it will be replaced"
     for f, mark in ((out, "dataset.json"), (part, "plan.json")):
@@ -375,7 +375,7 @@ def _already(out, plan):
     )
     return out
 
-# %% ../../nbs/17_prepared.ipynb #8af319f3
+
 def _partial(out, plan):
     part = _partial_of(out)
     plan_file = part / "plan.json"
@@ -439,7 +439,7 @@ def _skipped(part, plan, todo):
         write_atomic(part / "skipped.csv", text.getvalue())
     return dict(Counter(r["split"] for r in rows))
 
-# %% ../../nbs/17_prepared.ipynb #dde307f2
+
 def _finish(part, out, plan, todo):
     import pyarrow as pa
 

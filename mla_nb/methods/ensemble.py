@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['alternating', 'mean_rule', 'ensemble']
 
-# %% ../../nbs/08_alternating.ipynb #851a329a
+# %% ../../nbs/08_alternating.ipynb #2817b6d2
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,7 +14,7 @@ from ..core import Batch, InputError, methods, unknown
 from ..heads import SeparateHead
 from .base import Method, turn_of, valid_mask
 
-# %% ../../nbs/08_alternating.ipynb #a392d6ae
+# %% ../../nbs/08_alternating.ipynb #e504fa5c
 def _check_order(order: list, b: Batch):
     "Refuse an order with an unknown modality, and one that leaves a modality out"
     for m in order:
@@ -50,7 +50,7 @@ def alternating(
 
     return shuffled if order == ["random"] else turns
 
-# %% ../../nbs/08_alternating.ipynb #26e6a324
+# %% ../../nbs/08_alternating.ipynb #3904249e
 def mean_rule(
     logits,  # (M,B,C)
     present,  # (M,B) bool

@@ -15,7 +15,6 @@ from torch import tensor
 from ..core import InputError, rules, unknown
 from .base import Pred, fuse, valid_mask
 from .ensemble import mean_rule
-from ..tools import modality_color, play, slider
 
 # %% ../../nbs/10_fusion.ipynb #1fe50f8f
 #| export
@@ -238,6 +237,8 @@ def plot_fusion(
     "The answers about one sample and how unsure each is (left); what four rules make of them (right)"
     import matplotlib.pyplot as plt
 
+    from mla_nb.plots import modality_color
+
     if axs is None:
         axs = plt.subplots(1, 2, figsize=(9, 2.4), layout="constrained")[1]
     logits = torch.as_tensor(logits, dtype=torch.float)
@@ -281,6 +282,8 @@ def play_fusion(
 ):  # a widget
     "A knob for every logit, and a box for every modality that may be absent"
     from ipywidgets import Checkbox
+
+    from mla_nb.widgets import play, slider
 
     if len(mods) not in PUBLISHED:
         raise InputError(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Conditioned', 'FilmHead', 'GatedHead', 'film', 'gated']
 
-# %% ../../nbs/12_joint_heads.ipynb #2134500e
+# %% ../../nbs/12_joint_heads.ipynb #b065420a
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from ..core import InputError, methods, unknown
 from ..heads import Head
 from .base import Method
 
-# %% ../../nbs/12_joint_heads.ipynb #1e7f4c45
+# %% ../../nbs/12_joint_heads.ipynb #06b70445
 class Conditioned(Head):
     "Heads in which modality `by` (None: the first) acts on the features of the others"
 
@@ -51,7 +51,7 @@ class Conditioned(Head):
         mean = results[0] if len(results) == 1 else torch.stack(results).mean(0)
         return self.out(mean)
 
-# %% ../../nbs/12_joint_heads.ipynb #c203c7d0
+# %% ../../nbs/12_joint_heads.ipynb #3ce92bde
 class FilmHead(Conditioned):
     "One modality scales and shifts the features of the others (FiLM, arXiv 1709.07871)"
 
@@ -66,7 +66,7 @@ class FilmHead(Conditioned):
         scale, shift = self.film[m](cond).chunk(2, 1)
         return scale * z + shift
 
-# %% ../../nbs/12_joint_heads.ipynb #819c6852
+# %% ../../nbs/12_joint_heads.ipynb #a399e837
 class GatedHead(Conditioned):
     "One modality decides how much of the others' features passes (arXiv 1702.01992)"
 
@@ -81,7 +81,7 @@ class GatedHead(Conditioned):
         "(B,D) projected features of `m`, gated"
         return self.gate(cond).sigmoid() * self.project[m](z)
 
-# %% ../../nbs/12_joint_heads.ipynb #11629b17
+# %% ../../nbs/12_joint_heads.ipynb #2fcc7ab0
 @methods
 def film(
     by: str | None = None,  # the modality that acts on the others; None: the first

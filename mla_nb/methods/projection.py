@@ -17,7 +17,7 @@ from ..core import Batch, InputError, select_rows, unknown, validate_option
 from ..encoders.base import ModuleEncoder
 from ..heads import SharedHead, make_net
 from .base import GradTransform, Turn, ce_loss
-from ..tools import modality_color, play, set_seed, slider
+from ..tools import set_seed
 
 # %% ../../nbs/09_projection.ipynb #f510eb7b
 def update_projection(
@@ -94,6 +94,8 @@ def plot_projection(
     "What is left of a gradient after some turns, and what P makes of the unit circle"
     import matplotlib.pyplot as plt
 
+    from mla_nb.plots import modality_color
+
     ax = ax or plt.subplots(figsize=(4.4, 4.2))[1]
     P, g = (
         remember(
@@ -155,6 +157,8 @@ def plot_projection(
 def play_projection():
     "Knobs for two directions, a gradient, λ and the number of turns"
     from ipywidgets import FloatLogSlider
+
+    from mla_nb.widgets import play, slider
 
     angles = {"audio": 20.0, "visual": 100.0, "gradient": 65.0}
     lam = FloatLogSlider(

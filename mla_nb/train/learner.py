@@ -36,7 +36,7 @@ from mla_nb.methods.base import (
     predictions,
     scores,
 )
-from ..tools import modality_color, set_rng_state, set_seed
+from ..tools import set_rng_state, set_seed
 
 # %% ../../nbs/07_learner.ipynb #3e773ece
 class Shuffle(Sampler):
@@ -433,6 +433,8 @@ def plot_learning(
 ):
     "The recurring plot: accuracy per modality, and gradient norm per encoder, over epochs"
     import matplotlib.pyplot as plt
+
+    from mla_nb.plots import modality_color
 
     if axs is None:
         axs = plt.subplots(1, 2, figsize=(8, 2.6))[1]

@@ -139,10 +139,8 @@ class Augment:
         what: str,  # one of `kinds`
         learn,  # its seed and epoch decide how
     ):
-        preps = {
-            m: getattr(e, "preprocessor", None) for m, e in learn.net.encoders.items()
-        }
-        self.preprocessors = {m: p for m, p in preps.items() if hasattr(p, "vary")}
+        preps = {m: e.preprocessor for m, e in learn.net.encoders.items()}
+        self.preprocessors = {m: p for m, p in preps.items() if p.augmentations}
         self.what, self.learn = what, learn
         if not self.preprocessors:
             raise InputError(
@@ -154,7 +152,7 @@ class Augment:
         first = (self.learn.seed * 1_000_003 + self.learn.epoch) * 2**24
         seeds = [(first + i) % 2**63 for i in b.idx.tolist()]
         varied = {
-            m: torch.stack([p.vary(v, s, self.what) for v, s in zip(b.x[m], seeds)])
+            m: torch.stack([p.augment(v, s, self.what) for v, s in zip(b.x[m], seeds)])
             for m, p in self.preprocessors.items()
             if m in b.x
         }

@@ -14,7 +14,7 @@ import torch
 
 from ..core import InputError
 from ..methods.base import Callback
-from ..tools import modality_color, png, write_atomic
+from ..tools import write_atomic
 from .learner import Diverged, Recorder, plot_learning
 
 # %% ../../nbs/34_watching.ipynb #30527696
@@ -148,6 +148,8 @@ def plot_live(
     "Validation accuracy now, and the recurring plot up to now"
     import matplotlib.pyplot as plt
 
+    from mla_nb.plots import modality_color
+
     axs, now = (
         plt.subplots(1, 3, figsize=(11, 2.8), width_ratios=(2, 3, 3))[1],
         history[-1]["valid"]["accuracy"],
@@ -212,6 +214,8 @@ class LiveView(Callback):
         )
 
     def after_epoch(self, learn):
+        from mla_nb.widgets import png
+
         self.picture.value = png(
             plot_live, history=[*learn.history, learn.row], bayes=self.bayes
         )
