@@ -132,9 +132,9 @@ def parse_only(script, args):
 
 
 def field_names():
-    from mla_nb.runs.run import Run
+    from mla_nb.runs.config import Run
 
-    return {f.name for f in fields(Run)}
+    return set(Run.model_fields)
 
 
 def understood(words):
@@ -190,7 +190,7 @@ def ours(program, args):
     from mla_nb.runs.config import Run
 
     group = cli.typer.main.get_command(cli.app)
-    if args[:1] in ([], ["--help"], ["-h"]):
+    if not args or "--help" in args:
         return None
     assert args[0] in group.commands, f"what is mla {args[0]}?"
     if args[0] in ("prepare", "features"):  # passed on to data_scripts/
