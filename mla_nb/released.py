@@ -23,9 +23,9 @@ from .encoders.patched import Bands, load_tokenizer
 from .encoders.text import Tokens
 from .encoders.weights import fill, load_tensors, one_path, renamed
 from .heads import make_net
+from .methods.base import Method
 from .methods.mla import mla
 from .methods.qmf import qmf
-from .train.learner import Method
 
 # %% ../nbs/24_released.ipynb #60e8adb7
 def _norm(at, w):

@@ -27,7 +27,7 @@ from mla_nb.core import (
     discover,
     methods,
 )
-from mla_nb.encoders.base import Encoder, ModuleEncoder
+from mla_nb.encoders.base import Encoder, ModuleEncoder, Preprocessor
 from mla_nb.heads import make_net
 from mla_nb.methods.base import Callback, GradTransform, Method
 from mla_nb.methods.ensemble import alternating
@@ -234,7 +234,8 @@ def split(n=61, missing=0.3):
 
 
 def loaded(batch_size, shuffle="all", ready=2**30):
-    return loaders(split(), None, batch_size, seed=3, shuffle=shuffle, ready=ready)
+    plain = {m: Preprocessor() for m in MODS}
+    return loaders(split(), plain, batch_size, seed=3, shuffle=shuffle, ready=ready)
 
 
 class Wishes(Callback):

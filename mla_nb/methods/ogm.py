@@ -9,7 +9,7 @@ __all__ = ['true_class', 'modulation_coefficients', 'OGM', 'ogm', 'ogm_ge']
 import torch
 
 from ..core import InputError, methods, select_rows, unknown
-from ..heads import ConcatHead
+from ..heads import ConcatHead, Head
 from .base import GradTransform, Method
 
 # %% ../../nbs/13_modulation.ipynb #ae282252
@@ -73,7 +73,7 @@ class OGM(GradTransform):
 
     def before_fit(self, learn):
         "The head must say what each modality contributes"
-        if not hasattr(learn.net.head, "unimodal_logits"):
+        if type(learn.net.head).unimodal_logits is Head.unimodal_logits:
             raise InputError(
                 f"OGM compares the parts of a joint head; {type(learn.net.head).__name__} has none. Use a ConcatHead or a SumHead."
             )
