@@ -165,6 +165,11 @@ def train(**fields):
 # %% ../nbs/42_command.ipynb #e3a4aeeb
 def _usage(error, args) -> InputError:
     "A mistake that typer found, as one sentence"
+    if args[0] not in COMMANDS and args[0].startswith("-"):
+        return InputError(
+            f"{args[0]!r} comes before any command; the command is first, "
+            f"e.g. mla train {args[0]} … Commands: {', '.join(sorted(COMMANDS))}."
+        )
     option = getattr(error, "option_name", None)
     if type(error).__name__ == "NoSuchOption":
         return unknown("option", option, _options_of(args[0]))
@@ -201,6 +206,15 @@ def main(argv=None):
         sys.exit(f"{name}: {_usage(e, args)}")
     if isinstance(code, int) and code:
         sys.exit(code)
+    if args[:1] == ["predict"] and "--help" in args[2:]:
+        print(_modality_help(args[1]))
+
+
+def _modality_help(run) -> str:
+    "The options that one run has for its modalities"
+    kinds = {m: about["kind"] for m, about in _modalities(run).items()}
+    values = (f"  --{m} {'TEXT' if k == 'text' else 'FILE'}" for m, k in kinds.items())
+    return "\n".join([f"Modalities of {run}:", *values])
 
 # %% ../nbs/42_command.ipynb #1c62603d
 OWN = ("dataset", "method", "seed", "lr")
@@ -382,7 +396,9 @@ def _check_predict(o, sources):
 @command(context_settings=REST)
 def predict(
     ctx: typer.Context,
-    run: Annotated[str, typer.Argument(help="folder of a run, or one that was saved")],
+    run: Annotated[
+        str, typer.Argument(help="folder of a run, or one that was saved")
+    ] = "",
     csv: Annotated[str, typer.Option(help="a table with a column per modality")] = "",
     out: Annotated[str, typer.Option(help="where the answers about --csv go")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
@@ -394,9 +410,9 @@ def predict(
     ] = 32,
     device: Annotated[str, typer.Option(help="auto or cpu")] = "auto",
 ):
-    "Predict from files: one option per modality, e.g. --audio a.wav --text 'so glad'."
+    "Predict from files: one option per modality, e.g. --audio a.wav --video v.flv."
     o = dict(ctx.params)
-    if run.startswith("-"):
+    if not run or run.startswith("-"):
         raise InputError("the run comes first: mla predict runs/NAME --audio FILE …")
     if device not in ("auto", "cpu"):
         raise unknown("device", device, ["auto", "cpu"])

@@ -194,6 +194,8 @@ def ours(program, args):
     assert args[0] in group.commands, f"what is mla {args[0]}?"
     if args[0] in ("prepare", "features"):  # passed on to data_scripts/
         return None
+    if len(args) == 1:  # a sentence names the command, and gives no line to type
+        return None
     command = group.commands[args[0]]
     given = command.make_context(args[0], list(args[1:]), resilient_parsing=False)
     fields = {k: v for k, v in given.params.items() if v is not None}

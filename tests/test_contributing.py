@@ -23,14 +23,17 @@ def test_adding_a_method_is_one_file(tmp_path):
 
     def call(*args):
         return subprocess.run(
-            [sys.executable, "-m", "mla_nb.runs.run", *args],
+            [sys.executable, *args],
             cwd=tmp_path,
             env=env,
             capture_output=True,
             text=True,
         )
 
-    assert "dropout" in call("--help").stdout
+    train = ("-m", "mla_nb.cli", "train")
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    assert call("tools/index.py").returncode == 0  # what `make export` does
+    assert "dropout" in call(*train, "--help").stdout
     tiny = [
         "--dataset_args",
         "n_train=96,n_valid=32,n_test=32",
@@ -39,6 +42,6 @@ def test_adding_a_method_is_one_file(tmp_path):
         "--progress",
         "false",
     ]
-    out = call("--method", "dropout", "--method_args", "p=.5", *tiny)
+    out = call(*train, "--method", "dropout", "--method_args", "p=.5", *tiny)
     assert out.returncode == 0 and ", dropout(p=0.5) |" in out.stdout, out.stderr
-    assert "did you mean 'dropout'" in call("--method", "dropot", *tiny).stderr
+    assert "did you mean 'dropout'" in call(*train, "--method", "dropot", *tiny).stderr

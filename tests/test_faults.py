@@ -31,6 +31,7 @@ from mla_nb.core import InputError, Modality, discover, rules
 from mla_nb.data.media import read_split
 from mla_nb.data.own import own_classes, own_splits, read_table
 from mla_nb.data.prepared import load_prepared, prepare
+from mla_nb.encoders.base import Preprocessor
 from mla_nb.methods.base import Callback, valid_mask
 from mla_nb.methods.fusion import fuse, make_rule
 from mla_nb.reliability import doctor, flip, free_disk, run_checks, versions
@@ -1002,7 +1003,7 @@ def holder(path):
         [
             sys.executable,
             "-c",
-            f"import fcntl, os, time\nf = os.open({str(path)!r}, os.O_RDWR | os.O_CREAT)\nfcntl.lockf(f, fcntl.LOCK_EX)\nos.write(f, b'process 7 on mars')\nprint('held', flush=True)\ntime.sleep(100)",
+            f"import fcntl, os, time\nf = os.open({str(path)!r}, os.O_RDWR | os.O_CREAT)\nfcntl.flock(f, fcntl.LOCK_EX)\nos.write(f, b'process 7 on mars')\nprint('held', flush=True)\ntime.sleep(100)",
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -1151,6 +1152,13 @@ def test_on_a_gpu_one_look_finds_the_first_of_many(whole):
     assert not stop.seen
 
 
+class Blank(Preprocessor):
+    "Every item becomes a zero"
+
+    def encode(self, item):
+        return torch.zeros(1)
+
+
 def test_ids_of_a_prepared_split_reach_the_batches(toy):
     from mla_nb.missing import with_missing
     from mla_nb.train.loaders import loaders
@@ -1158,9 +1166,7 @@ def test_ids_of_a_prepared_split_reach_the_batches(toy):
     s = load_prepared(toy)
     for part in (s, with_missing(s, "text=.5")):
         for ready in (0, 2**30):
-            ds = loaders(
-                part, {"text": lambda items: torch.zeros(len(items), 1)}, ready=ready
-            ).train.dataset
+            ds = loaders(part, {"text": Blank()}, ready=ready).train.dataset
             assert ds.ids[:2] == ["clip-0", "clip-1"]
 
 
@@ -1177,9 +1183,8 @@ def test_doctor_on_this_machine():
 
 
 def test_doctor_on_folders(whole, toy, tmp_path, capsys):
-    with pytest.raises(SystemExit) as e:
-        main(["doctor", str(whole.folder), str(toy)])
-    assert e.value.code == 0 and "every checksum is right" in capsys.readouterr().out
+    main(["doctor", str(whole.folder), str(toy)])  # no exit code but 0
+    assert "every checksum is right" in capsys.readouterr().out
     copy = shutil.copytree(toy, tmp_path / "toy")
     flip(copy / "train-00001.arrow")
     with pytest.raises(SystemExit) as e:

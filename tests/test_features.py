@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, killed_at_the_second_shard
 
+from mla_nb.compare import show_samples
 from mla_nb.core import (
     InputError,
     Modality,
@@ -38,7 +39,6 @@ from mla_nb.runs.run import (
     load_run,
     make_encoders,
     run,
-    show_samples,
 )
 from mla_nb.tools import set_seed
 from mla_nb.train.checkpoints import load_pred

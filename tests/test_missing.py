@@ -510,6 +510,7 @@ def test_a_run_with_missing_modalities_by_any_door(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(
         [
+            "train",
             "--dataset_args",
             SIZES,
             "--epochs",
@@ -588,8 +589,8 @@ def test_tables_tell_rates_apart_and_old_runs_stay_known(tmp_path):
     t = table(tmp_path)
     assert (
         "| mla epochs=1 | 2 |" in t
-        and "missing_test=0.5, epochs=1 | 1 |" in t
-        and "missing_test=0.5, missing_fill=zeros, epochs=1 | 1 |" in t
+        and "mla epochs=1, missing_test=0.5 | 1 |" in t
+        and "mla epochs=1, missing_test=0.5, missing_fill=zeros | 1 |" in t
     )
     [group] = compared(tmp_path).values()
     assert sorted(map(len, group.values())) == [1, 1, 2]
