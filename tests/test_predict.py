@@ -738,7 +738,7 @@ def test_command_mistakes(moods, files):
         mla(["export", str(r), "m.pth"])
     assert "at least 1" in says(
         r, "--text", "x", "--top", "0"
-    ) and "invalid int" in says(r, "--text", "x", "--top", "x")
+    ) and "valid integer" in says(r, "--text", "x", "--top", "x")
     assert "cannot read or write" in says(r, "--text", "x", "--plot", "gone/why.png")
 
 
