@@ -98,7 +98,7 @@ def at_test(cfg):
     preprocessors, rows = {m: e.preprocessor for m, e in net.encoders.items()}, []
     for fill in ("skip", "zeros") if cfg.method in ZEROS else ("skip",):
         for rate in RATES:
-            seen = replace(cfg, missing_test=rate, missing_fill=fill)
+            seen = cfg.replace(missing_test=rate, missing_fill=fill)
             p = predictions(
                 net,
                 method,
