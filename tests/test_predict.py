@@ -404,6 +404,22 @@ def test_the_head_may_decide(root, s):
 # ---- a folder to give away ----
 
 
+def test_fit_in_memory_then_save_and_load(here):
+    from mla_nb import fit
+    from mla_nb.core import splits_from_arrays
+
+    torch.manual_seed(0)
+    y = torch.randint(2, (120,))
+    words = ["the word is " + ("no", "yes")[k] for k in y]
+    x = {"left": torch.randn(120, 16, 16) + y.view(-1, 1, 1), "right": words}
+    fitted = fit(splits_from_arrays(x, y), method="mla", epochs=1)
+    fitted.save("fitted")
+    again = load("fitted")
+    for sample in ({"left": x["left"][0], "right": words[0]}, {"right": words[0]}):
+        same = again.predict_proba(**sample).equal(fitted.predict_proba(**sample))
+        assert same, f"{list(sample)}: another answer after loading"
+
+
 def test_save_is_small_and_whole(moods, p, here):
     p.save("mine")
     assert sorted(f.name for f in Path("mine").iterdir()) == [

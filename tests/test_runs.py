@@ -103,6 +103,25 @@ def test_command_line_and_papermill_give_the_same_result(tmp_path, caplog):
     assert len(images) >= 4
 
 
+@pytest.mark.parametrize(
+    "notebook, wrong, near",
+    [("run", "epoch", "epochs"), ("compare", "rot", "root")],
+)
+def test_our_papermill_refuses_unknown_parameters(tmp_path, notebook, wrong, near):
+    "As `make demo` calls it; plain papermill only warns"
+    pytest.importorskip("papermill")
+    source = ROOT / f"nbs/experiments/{notebook}.ipynb"
+    out = subprocess.run(
+        [sys.executable, str(ROOT / "tools/nbs.py"), "papermill", str(source)]
+        + [str(tmp_path / "out.ipynb"), "-k", "python3", "-p", wrong, "3"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert out.returncode and f"did you mean '{near}'" in out.stderr, out.stderr
+    assert "unknown parameter" in out.stderr and not (tmp_path / "runs").exists()
+
+
 def test_papermill_warns_about_what_run_does_not_have_and_refuses_wrong_values(
     tmp_path, caplog
 ):

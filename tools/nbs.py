@@ -136,6 +136,26 @@ def solutions(names):
     sys.exit(f"{failed} solutions do not run" if failed else 0)
 
 
+def declared(nb):
+    "The names that the cell tagged `parameters` assigns"
+    import ast
+
+    cells = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
+    trees = [ast.parse(c.source) for c in cells]
+    found = [n for t in trees for n in ast.walk(t) if isinstance(n, ast.Assign)]
+    return {name.id for n in found for name in n.targets}
+
+
+def refuse_unknown_parameters(nb):
+    "Papermill itself only warns about a name that the notebook does not have"
+    from mla_nb.tools import unknown
+
+    known = declared(nb)
+    for name in nb.metadata.get("papermill", {}).get("parameters", {}):
+        if name not in known:
+            sys.exit(str(unknown("parameter", name, known)))
+
+
 def papermill(args):
     from papermill.cli import papermill as command
     from papermill.engines import NBClientEngine, papermill_engines
@@ -143,6 +163,7 @@ def papermill(args):
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, *args, **kwargs):
+            refuse_unknown_parameters(args[0].nb)
             return super().execute_managed_notebook(*args, config=ENCRYPTED, **kwargs)
 
     papermill_engines.register(None, Engine)
