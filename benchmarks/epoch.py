@@ -1,13 +1,16 @@
 """What a run adds to its steps.
 
-    python benchmarks/epoch.py [--clips 64] [--batch 16] [--epochs 3] [--workers 0] [--threads 0] [--cpu]
+    python benchmarks/epoch.py [--clips 64] [--batch 16] [--epochs 3]
+                               [--workers 0] [--threads 0] [--cpu]
 
-A whole epoch of MLA through `run()`, over the sum of its bare steps: reading and decoding a prepared dataset with the shapes of
-CREMA-D (257 × 188 spectrograms, 3 frames of 224²), steps, guard, recorder, metrics, TensorBoard and checkpoints, with two
-ResNet-18. Validation is left out on both sides: it is forward passes, and nothing that a step has. After every epoch the same number of bare
-steps (forward, backward, SGD, no data) is timed in the same process; printed is the median of the ratios: at most 1.10. Two
-checkpoints of 270 MB per epoch are most of what is left in an epoch as short as this one, so their share is printed too: an
-epoch of CREMA-D has 377 batches of 16.
+A whole epoch of MLA through `run()`, over the sum of its bare steps: reading and
+decoding a prepared dataset with the shapes of CREMA-D (257 × 188 spectrograms, 3 frames
+of 224²), steps, guard, recorder, metrics, TensorBoard and checkpoints, with two
+ResNet-18. Validation is left out on both sides: it is forward passes, and nothing that
+a step has. After every epoch the same number of bare steps (forward, backward, SGD, no
+data) is timed in the same process; printed is the median of the ratios: at most 1.10.
+Two checkpoints of 270 MB per epoch are most of what is left in an epoch as short as
+this one, so their share is printed too: an epoch of CREMA-D has 377 batches of 16.
 """
 
 import argparse
@@ -34,7 +37,7 @@ from mla_nb.train.loaders import loaders
 
 
 def measure(n=64, B=16, epochs=3, size=224, workers=0, encoder="resnet18", root=None):
-    "(seconds of an epoch through run, of its bare steps, of its checkpoint), for every epoch but the first"
+    "Seconds of run, of its bare steps, of its checkpoint; every epoch but the first"
     discover()
     rows, spent = [], {"validation": 0.0, "checkpoint": 0.0}
     epoch = Learner.one_epoch
@@ -134,9 +137,12 @@ def main():
     ratios = sorted(w / s for w, s, _ in rows)
     without = statistics.median((w - c) / s for w, s, c in rows)
     print(
-        f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads, {a.workers} workers; {a.clips} clips, batch {a.batch}, {a.size}²\n"
-        f"epoch through run {statistics.median(w for w, _, _ in rows):.2f} s, bare steps {statistics.median(s for _, s, _ in rows):.2f} s, "
-        f"ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}, {len(rows)} epochs); without its checkpoint {without:.3f}"
+        f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{a.workers} workers; {a.clips} clips, batch {a.batch}, {a.size}²\n"
+        f"epoch through run {statistics.median(w for w, _, _ in rows):.2f} s, bare "
+        f"steps {statistics.median(s for _, s, _ in rows):.2f} s, "
+        f"ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}, "
+        f"{len(rows)} epochs); without its checkpoint {without:.3f}"
     )
 
 

@@ -1,10 +1,15 @@
-"""Every dataset's preset at its full tensor shapes: python benchmarks/gpu.py [--device cpu] [--datasets cremad,mvsa]
+"""Every dataset's preset at its full tensor shapes.
 
-Prepares the made miniature of each dataset at the published sizes, trains MLA with the preset's encoder and batch size for
-two epochs, and writes samples per second, peak memory and the hours that a full run of published length would take to
-results/gpu.json. The second epoch is measured; the first warms up. Meant for a GPU; on a CPU it says so in the file.
+    python benchmarks/gpu.py [--device cpu] [--datasets cremad,mvsa]
 
-Then gpu_speed.py: steps in fp32, bf16, channels-last and compiled beside a step of the released code, under "speed".
+Prepares the miniature of each dataset at the published sizes, trains MLA with the
+preset's encoder and batch size for two epochs, and writes samples per second, peak
+memory and the hours that a full run of published length would take to results/gpu.json.
+The second epoch is measured; the first warms up. Meant for a GPU; on a CPU it says so
+in the file.
+
+Then gpu_speed.py: steps in fp32, bf16, channels-last and compiled beside a step of the
+released code, under "speed".
 """
 
 import argparse
@@ -19,7 +24,8 @@ import torch
 from mla_nb.data.miniature import miniature
 from mla_nb.runs.run import Run, environment, read_history, run
 
-# training samples of the published splits: a tenth less where validation is cut from training
+# training samples of the published splits;
+# a tenth less where validation is cut from training
 PUBLISHED = {
     "cremad": 6028,
     "food101": 61127,

@@ -1,13 +1,19 @@
-"""Faster arithmetic on a GPU, beside the step of the released code. Called by gpu.py; alone: python benchmarks/gpu_speed.py [--tiny]
+"""Faster arithmetic on a GPU, beside the step of the released code.
 
-For two ResNet-18 at CREMA-D shapes and for two base transformers (ViT-B/16 shapes), one row per way to step:
+Called by gpu.py; alone: python benchmarks/gpu_speed.py [--tiny]
 
-- `released`: the same encoders and head, stepped as the released code does it: both encoders forward for every modality's step,
-  fp32, gradients zeroed instead of dropped, the loss read with `.item()` after every step;
-- `fp32`, `bf16`, `bf16+channels_last`, `bf16+channels_last+compiled` (and the fused optimizer): `Learner.one_batch` as `run` takes it.
+For two ResNet-18 at CREMA-D shapes and for two base transformers (ViT-B/16 shapes), one
+row per way to step:
 
-Samples per second, peak memory, speed over `released` (at least 3 is wanted), and the share of device time in the encoders'
-kernels by torch.profiler (at least 0.9). `--tiny` leaves compiling out.
+- `released`: the same encoders and head, stepped as the released code does it: both
+  encoders forward for every modality's step, fp32, gradients zeroed instead of dropped,
+  the loss read with `.item()` after every step;
+- `fp32`, `bf16`, `bf16+channels_last`, `bf16+channels_last+compiled` (and the fused
+  optimizer): `Learner.one_batch` as `run` takes it.
+
+Samples per second, peak memory, speed over `released` (at least 3 is wanted), and the
+share of device time in the encoders' kernels by torch.profiler (at least 0.9). `--tiny`
+leaves compiling out.
 """
 
 import argparse
@@ -48,7 +54,7 @@ WAYS = {
 
 
 class Transformer(Encoder):
-    "A transformer on patches of 16 × 16, the mean of its last layer; base: 12 layers, width 768"
+    "A transformer on patches of 16 × 16: the mean of its last layer; base by default"
 
     def __init__(self, channels, width=768, layers=12, heads=12):
         super().__init__(width)
@@ -129,7 +135,7 @@ def ours(make, b, device, **how):
 
 
 def released(make, b, device):
-    "The step of the released code: everything is encoded for every modality, and every loss is read"
+    "The released step: both are encoded for every modality, and every loss is read"
     set_seed(0)
     net = make_net(mla().head, make(), CLASSES).to(device).train()
     b, opt = (
@@ -244,7 +250,9 @@ def table(found):
     for name, r in found.items():
         for way, v in r["ways"].items():
             lines.append(
-                f"| {name} | {way} | {v['samples_per_second']} | {v['peak_MiB'] or '–'} | {v['over_released']} | {v.get('encoder_share', '–')} |"
+                f"| {name} | {way} | {v['samples_per_second']} | "
+                f"{v['peak_MiB'] or '–'} | {v['over_released']} | "
+                f"{v.get('encoder_share', '–')} |"
             )
     return "\n".join(lines)
 

@@ -2,11 +2,14 @@
 
     python benchmarks/input.py [--clips 96] [--only loader|features]
 
-Loader: a prepared dataset through a DataLoader with one worker, against one `.npy` spectrogram and a folder of JPEG frames
-(480 × 360) per clip, listed and decoded for every sample and shrunk to 224 × 224. The same clips, the same frames in the end:
-at least 2.5 times as fast. The parts of both are timed too, so that it can be said what bounds them.
+Loader: a prepared dataset through a DataLoader with one worker, against one `.npy`
+spectrogram and a folder of JPEG frames (480 × 360) per clip, listed and decoded for
+every sample and shrunk to 224 × 224. The same clips, the same frames in the end: at
+least 2.5 times as fast. The parts of both are timed too, so that it can be said what
+bounds them.
 
-Features: log-spectrograms per second and core, against librosa's STFT (if librosa is installed): at least 3 times as fast.
+Features: log-spectrograms per second and core, against librosa's STFT (if librosa is
+installed): at least 3 times as fast.
 """
 
 import argparse
@@ -149,7 +152,8 @@ def loader(n):
         ]
         a, b = (float(np.median(v)) for v in zip(*found))
         print(
-            f"loader, one worker: prepared {a:.0f} samples/s, as released {b:.0f} samples/s: {a / b:.1f} times as fast"
+            f"loader, one worker: prepared {a:.0f} samples/s, as released {b:.0f} "
+            f"samples/s: {a / b:.1f} times as fast"
         )
         parts(ours, theirs, preprocessor)
 
@@ -170,12 +174,17 @@ def parts(ours, theirs, preprocessor):
 
     raw = ours.ds[0]["video"]
     print(
-        f"  prepared: read and decode {ms(lambda i: ours[i]):.1f} ms (of it JPEG {ms(lambda i: [decode_image(f) for f in raw]):.1f}), "
-        f"collate {ms(lambda i: collate(items, preprocessor), 3) / 16:.1f}, float and normalize {ms(lambda i: pixels.normalize(packed), 3) / 16:.1f} (in the process that trains)"
+        f"  prepared: read and decode {ms(lambda i: ours[i]):.1f} ms (of it JPEG "
+        f"{ms(lambda i: [decode_image(f) for f in raw]):.1f}), "
+        f"collate {ms(lambda i: collate(items, preprocessor), 3) / 16:.1f}, float and "
+        f"normalize {ms(lambda i: pixels.normalize(packed), 3) / 16:.1f} (in the "
+        "process that trains)"
     )
     first = theirs.folder / "0" / "00000.jpg"
     print(
-        f"  as released: .npy {ms(lambda i: np.load(theirs.folder / f'{i}.npy')):.1f} ms, JPEG 480 × 360 {FRAMES * ms(lambda i: Image.open(first).convert('RGB')):.1f}, "
+        f"  as released: .npy {ms(lambda i: np.load(theirs.folder / f'{i}.npy')):.1f} "
+        "ms, JPEG 480 × 360 "
+        f"{FRAMES * ms(lambda i: Image.open(first).convert('RGB')):.1f}, "
         f"all of it {ms(lambda i: theirs[i]):.1f}"
     )
 
@@ -190,7 +199,8 @@ def features(n):
         import librosa
     except ImportError:
         return print(
-            "features: librosa is not installed, so there is nothing to compare with (pip install librosa)"
+            "features: librosa is not installed, so there is nothing to compare with "
+            "(pip install librosa)"
         )
 
     def theirs(i):
@@ -215,7 +225,8 @@ def features(n):
     found = [(per_second(ours), per_second(theirs)) for _ in range(5)]
     a, b = (float(np.median(v)) for v in zip(*found))
     print(
-        f"features, one core: {a:.0f} spectrograms/s, librosa {b:.0f}: {a / b:.1f} times as fast"
+        f"features, one core: {a:.0f} spectrograms/s, librosa {b:.0f}: {a / b:.1f} "
+        "times as fast"
     )
     return None
 

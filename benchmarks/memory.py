@@ -1,17 +1,24 @@
-"""What one encoder at a time saves: peak memory of an alternating step over that of a joint step.
+"""What one encoder at a time saves: peak memory of an alternating over a joint step.
 
-    python benchmarks/memory.py [--size base] [--batch 4] [--pixels 256] [--length 256] [--checkpoint]
+    python benchmarks/memory.py [--size base] [--batch 4] [--pixels 256]
+                                [--length 256] [--checkpoint]
 
-An M3AE for words and one for pictures train both ways, each in a fresh process, on pictures and texts of the published size.
-Joint: both are encoded, then one backward and one step (concatenation). Alternating: MLA, one turn per modality, gradients dropped
-after each. Counted is what PyTorch's allocator hands out, by the profiler on a CPU, by CUDA where there is a GPU:
+An M3AE for words and one for pictures train both ways, each in a fresh process, on
+pictures and texts of the published size. Joint: both are encoded, then one backward and
+one step (concatenation). Alternating: MLA, one turn per modality, gradients dropped
+after each. Counted is what PyTorch's allocator hands out, by the profiler on a CPU, by
+CUDA where there is a GPU:
 
-  step    the peak above what is there between steps: activations, and gradients, which come and go; at most 0.65
-  graph   what both forward passes leave for the backward pass, alone: the larger encoder over the two together
-  total   everything: the above with parameters, momentum and batch, which are there either way
+  step    the peak above what is there between steps: activations, and gradients,
+          which come and go; at most 0.65
+  graph   what both forward passes leave for the backward pass, alone: the larger
+          encoder over the two together
+  total   everything: the above with parameters, momentum and batch, which are
+          there either way
 
-The published batch is 64; the default fits a machine with 8 GB and takes a minute or two. With short texts (--length 64) the picture
-encoder holds four fifths of all activations, and no order of turns can go below its share: try it with a large batch.
+The published batch is 64; the default fits a machine with 8 GB and takes a minute or
+two. With short texts (--length 64) the picture encoder holds four fifths of all
+activations, and no order of turns can go below its share: try it with a large batch.
 """
 
 import argparse
@@ -70,7 +77,7 @@ def learner(a, joint):
 
 
 def above(do):
-    "Peak of the allocator while something is done, in bytes above what there was before"
+    "Peak of the allocator during `do`, in bytes above what there was before"
     if DEVICE == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -89,12 +96,12 @@ def above(do):
 
 
 def graph(learn):
-    "Bytes that the forward passes leave for the backward pass, per modality; parameters are not counted"
+    "Bytes left for the backward pass, per modality; parameters are not counted"
     own, out = {p.untyped_storage().data_ptr() for p in learn.net.parameters()}, {}
     for m in learn.net.encoders:
         kept = {}
 
-        def keep(t):
+        def keep(t, kept=kept):
             kept[t.untyped_storage().data_ptr()] = t
             return t
 
@@ -132,7 +139,9 @@ def main(a):
         p.join()
     (alt, there, held), (both, there_too, _) = found[False], found[True]
     print(
-        f"{DEVICE}, torch {torch.__version__}; M3AE {a.size}, batch {a.batch}, pictures {a.pixels}², {a.length} tokens{', checkpointing' if a.checkpoint else ''}; MiB:\n"
+        f"{DEVICE}, torch {torch.__version__}; M3AE {a.size}, batch {a.batch}, "
+        f"pictures {a.pixels}², {a.length} "
+        f"tokens{', checkpointing' if a.checkpoint else ''}; MiB:\n"
     )
     print("| | alternating | joint | ratio |\n|---|---|---|---|")
     rows = {

@@ -1,9 +1,11 @@
-"""What each method costs: its training step over that of concat, same data, encoders and batch.
+"""What each method costs: its training step over that of concat.
 
     python benchmarks/methods.py [--rounds 60]
 
-The embedded dataset's shapes and `small` encoders, batch 64, everything `run` has in its step (NaN guard, recorder). The methods
-take turns in a random order, so that a drifting machine favors none; printed is the median, and the quartiles of the ratio.
+Data, encoders and batch are the same: the embedded dataset's shapes and `small`
+encoders, batch 64, everything `run` has in its step (NaN guard, recorder). The methods
+take turns in a random order, so that a drifting machine favors none; printed is the
+median, and the quartiles of the ratio.
 """
 
 import argparse
@@ -65,12 +67,18 @@ def main(rounds):
         for name in random.sample(list(steps), len(steps)):
             took[name].append(seconds(steps[name]))
     print(
-        f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads, {rounds} rounds\n\n| method | ms per step | over concat | quartiles |\n|---|---|---|---|"
+        f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{rounds} rounds\n"
+        "\n"
+        "| method | ms per step | over concat | quartiles |\n"
+        "|---|---|---|---|"
     )
     for name in sorted(took, key=lambda n: sorted(took[n])[rounds // 2]):
         ratio = sorted(a / b for a, b in zip(took[name], took["concat"]))
         print(
-            f"| {name} | {1000 * sorted(took[name])[rounds // 2]:.1f} | {ratio[rounds // 2]:.2f} | {ratio[rounds // 4]:.2f} – {ratio[-1 - rounds // 4]:.2f} |"
+            f"| {name} | {1000 * sorted(took[name])[rounds // 2]:.1f} | "
+            f"{ratio[rounds // 2]:.2f} | {ratio[rounds // 4]:.2f} – "
+            f"{ratio[-1 - rounds // 4]:.2f} |"
         )
 
 

@@ -1,10 +1,13 @@
 """Where the time of a training step goes.
 
-    python benchmarks/profile.py [--batch 16] [--rounds 5] [--threads 0] [--out results/profile.md]
+    python benchmarks/profile.py [--batch 16] [--rounds 5] [--threads 0]
+                                 [--out results/profile.md]
 
-CREMA-D shapes and ResNet-18 encoders, as the paper has them: a table of data (read, decode and collate a batch; bytes to floats),
-each encoder's forward and backward, the head, the projection, the optimizer and the logging, in milliseconds and as a share of
-the whole. Every part is timed on its own, by the median of a few rounds; what is not the encoders' arithmetic should be small.
+CREMA-D shapes and ResNet-18 encoders, as the paper has them: a table of data (read,
+decode and collate a batch; bytes to floats), each encoder's forward and backward, the
+head, the projection, the optimizer and the logging, in milliseconds and as a share of
+the whole. Every part is timed on its own, by the median of a few rounds; what is not
+the encoders' arithmetic should be small.
 """
 
 import argparse
@@ -33,7 +36,7 @@ AUDIO, FRAMES, CLASSES = (257, 188), 3, 6
 
 
 def clips(folder, n, size=224, frames=FRAMES):
-    "A prepared dataset with the shapes of CREMA-D; smooth pictures, so that JPEG has something usual to do"
+    "A prepared dataset with the shapes of CREMA-D; smooth pictures suit JPEG as usual"
     from PIL import Image
 
     rng, o = np.random.default_rng(0), media_options(size=size, frames=frames)
@@ -215,8 +218,14 @@ def main():
         torch.set_num_threads(a.threads)
     text, encoders, rest = table(measure(a.batch, a.rounds, a.size), a.batch)
     text = (
-        f"ResNet-18 twice, audio 257 × 188, {FRAMES} frames of {a.size}², batch {a.batch}; {DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads\n\n{text}\n\n"
-        f"Head, projection, guard, recorder and optimizer together: {100 * rest / encoders:.2f}% of the encoders."
+        f"ResNet-18 twice, audio 257 × 188, {FRAMES} frames of {a.size}², batch "
+        f"{a.batch}; {DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} "
+        "threads\n"
+        "\n"
+        f"{text}\n"
+        "\n"
+        "Head, projection, guard, recorder and optimizer together: "
+        f"{100 * rest / encoders:.2f}% of the encoders."
     )
     print(text)
     if a.out:

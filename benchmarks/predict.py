@@ -2,15 +2,18 @@
 
     python benchmarks/predict.py [--tries 30] [--encoders small,resnet18] [--threads 1]
 
-One sample with a recording and a photograph as files, 5 s at 16 kHz and 640 x 480, at the full size of the datasets
-(spectrogram, 224 x 224): median and 90th percentile per stage (read the files; prepare and encode; heads and fusion), and of
-the whole call; then the throughput of a batch of items that were read. The nets are not trained: that changes no time.
+One sample with a recording and a photograph as files, 5 s at 16 kHz and 640 x 480, at
+the full size of the datasets (spectrogram, 224 x 224): median and 90th percentile per
+stage (read the files; prepare and encode; heads and fusion), and of the whole call;
+then the throughput of a batch of items that were read. The nets are not trained: that
+changes no time.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,22 +121,25 @@ def main():
     discover()
     print(f"one sample, {a.threads} thread{'s' * (a.threads > 1)}, ms: median (p90)\n")
     print(
-        f"| encoder | read | encode | fuse | the whole call | samples per second, {a.batch} at once |\n|---|---|---|---|---|---|"
+        "| encoder | read | encode | fuse | the whole call | samples per second, "
+        f"{a.batch} at once |\n"
+        "|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
         sources = files(Path(folder))
         for family in a.encoders.split(","):
             p = predictor(family)
             found = {
-                **timed(lambda: stages(p, sources), a.tries),
-                **timed(lambda: whole(p, sources), a.tries),
+                **timed(partial(stages, p, sources), a.tries),
+                **timed(partial(whole, p, sources), a.tries),
             }
             cells = [
                 f"{statistics.median(v):.1f} ({np.quantile(v, 0.9):.1f})"
                 for v in found.values()
             ]
             print(
-                f"| {family} | {' | '.join(cells)} | {throughput(p, sources, a.batch, max(3, a.tries // 6)):.0f} |",
+                f"| {family} | {' | '.join(cells)} | "
+                f"{throughput(p, sources, a.batch, max(3, a.tries // 6)):.0f} |",
                 flush=True,
             )
 

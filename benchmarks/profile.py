@@ -1,8 +1,11 @@
-"""Where the time of a training step goes: python benchmarks/profile.py [--batch 16] [--rounds 5] [--out FILE]; see parts.py."""
+"""Where the time of a training step goes; see parts.py.
 
-if (
-    __name__ == "profile"
-):  # the standard library has a module of this name, torch imports it, and Python looks in a script's folder first
+python benchmarks/profile.py [--batch 16] [--rounds 5] [--out FILE]
+"""
+
+# the standard library has a module of this name, torch imports it, and Python looks in
+# a script's folder first
+if __name__ == "profile":
     import sysconfig
     from pathlib import Path
 

@@ -1,13 +1,17 @@
 """What MLA adds to the cost of its encoders.
 
-    python benchmarks/step.py [--pairs 5] [--small_pairs 400] [--only cremad|small|memory] [--cpu]
+    python benchmarks/step.py [--pairs 5] [--small_pairs 400]
+                              [--only cremad|small|memory] [--cpu]
 
-Time: an MLA training step as `run` takes it (turns, shared head, projection, NaN guard, recorder) over the bare cost, which
-is forward, backward and SGD step of the same encoders with a linear head, one modality at a time. Both are timed in turn in
-this process, and the median of the paired ratios is printed: at most 1.02 at CREMA-D shapes. `--cpu` counts the seconds that a core worked for us, for machines that others use too.
+Time: an MLA training step as `run` takes it (turns, shared head, projection, NaN guard,
+recorder) over the bare cost, which is forward, backward and SGD step of the same
+encoders with a linear head, one modality at a time. Both are timed in turn in this
+process, and the median of the paired ratios is printed: at most 1.02 at CREMA-D shapes.
+`--cpu` counts the seconds that a core worked for us, for machines that others use too.
 
-Memory: peak of an MLA step over that of encoding both modalities before stepping, for two equal encoders, each in a fresh
-process; counted is what PyTorch's allocator hands out above what net, optimizer and batch already hold: at most 0.65.
+Memory: peak of an MLA step over that of encoding both modalities before stepping, for
+two equal encoders, each in a fresh process; counted is what PyTorch's allocator hands
+out above what net, optimizer and batch already hold: at most 0.65.
 """
 
 import argparse
@@ -102,16 +106,18 @@ def compare(name, make, b, classes, pairs):
     for f in (ours, plain):
         f()
     rows = []
-    for k in range(
-        pairs
-    ):  # who goes first changes, so that a drifting machine favors nobody
+    # which one goes first changes, so that a drifting machine favors neither
+    for k in range(pairs):
         first, second = (ours, plain) if k % 2 else (plain, ours)
         a, z = seconds(first), seconds(second)
         rows.append((a, z) if k % 2 else (z, a))
     ratios = sorted(o / p for o, p in rows)
     print(
-        f"{name}: MLA step {1000 * statistics.median(o for o, _ in rows):.2f} ms, bare {1000 * statistics.median(p for _, p in rows):.2f} ms, "
-        f"ratio {statistics.median(ratios):.3f} (quartiles {ratios[len(ratios) // 4]:.3f} to {ratios[-1 - len(ratios) // 4]:.3f}, {pairs} pairs)",
+        f"{name}: MLA step {1000 * statistics.median(o for o, _ in rows):.2f} ms, "
+        f"bare {1000 * statistics.median(p for _, p in rows):.2f} ms, "
+        f"ratio {statistics.median(ratios):.3f} (quartiles "
+        f"{ratios[len(ratios) // 4]:.3f} to {ratios[-1 - len(ratios) // 4]:.3f}, "
+        f"{pairs} pairs)",
         flush=True,
     )
 
@@ -159,7 +165,8 @@ def peak(joint, out):
         6,
         Method(ConcatHead) if joint else mla(),
     )
-    learn.one_batch()  # gradients, momentum and the libraries' own buffers exist from here on
+    # gradients, momentum and the libraries' own buffers exist from here on
+    learn.one_batch()
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -186,7 +193,8 @@ def memory():
         found[joint] = out.get(timeout=600)
         p.join()
     print(
-        f"peak memory of a step, two ResNet-18 at 224², batch 16: MLA {found[False]:.0f} MiB, both encoded before stepping {found[True]:.0f} MiB, "
+        "peak memory of a step, two ResNet-18 at 224², batch 16: MLA "
+        f"{found[False]:.0f} MiB, both encoded before stepping {found[True]:.0f} MiB, "
         f"ratio {found[False] / found[True]:.3f}",
         flush=True,
     )

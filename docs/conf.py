@@ -1,4 +1,7 @@
-"""Sphinx: a static site without outside scripts; formulas become MathML, which browsers draw by themselves."""
+"""Sphinx: a static site without outside scripts.
+
+Formulas become MathML, which browsers draw by themselves.
+"""
 
 import re
 

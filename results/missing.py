@@ -1,9 +1,11 @@
 """The runs behind chapter 15: python results/missing.py [jobs]
 
-Two questions on synthetic(preset=lazy): what do trained nets lose when test samples lose modalities (the same nets, nothing
-is trained again), and what if training samples lose them too (trained again at every rate; at one rate with other learning
-rates as well, since the tuned ones were chosen on whole samples). Makes every run that is not there yet below runs/missing,
-then writes results/missing.csv: one row per run and rate, with the command that makes it.
+Two questions on synthetic(preset=lazy): what do trained nets lose when test samples
+lose modalities (the same nets, nothing is trained again), and what if training samples
+lose them too (trained again at every rate; at one rate with other learning rates as
+well, since the tuned ones were chosen on whole samples). Makes every run that is not
+there yet below runs/missing, then writes results/missing.csv: one row per run and rate,
+with the command that makes it.
 """
 
 import csv
@@ -72,7 +74,10 @@ def row(cfg, setting, rate, accuracy):
     flags = {
         k: getattr(cfg, k) for k in ("missing", "missing_test") if getattr(cfg, k)
     } | ({"missing_fill": cfg.missing_fill} if cfg.missing_fill != "skip" else {})
-    command = f"mla train --dataset synthetic --dataset_args 'preset=lazy,n_train=800' --method {cfg.method} --lr {cfg.lr} --epochs {EPOCHS} --seed {cfg.seed}"
+    command = (
+        "mla train --dataset synthetic --dataset_args 'preset=lazy,n_train=800' "
+        f"--method {cfg.method} --lr {cfg.lr} --epochs {EPOCHS} --seed {cfg.seed}"
+    )
     hidden = s.info.get("missing", {}).get("test", {"": 0.0})
     return dict(
         setting=setting,

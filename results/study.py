@@ -1,7 +1,8 @@
 """The runs behind every results table: python results/study.py FSDD.zip [jobs]
 
-Tunes every method's learning rate on validation, makes every run that is not there yet below runs/study, and writes
-results/sweep.csv (one row per rate tried), results/runs.csv (one row per run, with the command that makes it) and
+Tunes every method's learning rate on validation, makes every run that is not there yet
+below runs/study, and writes results/sweep.csv (one row per rate tried),
+results/runs.csv (one row per run, with the command that makes it) and
 results/curves.csv (validation accuracy after every epoch of four methods).
 """
 
@@ -27,7 +28,10 @@ DATA = {
     "digits, new voices": "digits(split=speaker,image_noise=.5)",
     "digits, known voices": "digits(split=official,image_noise=.5)",
 }
-METHODS = "concat,sum,film,gated,ogm,ogm_ge,qmf,unimodal,ensemble,mla_fixed,mla,mla_released,mla_frozen"
+METHODS = (
+    "concat,sum,film,gated,ogm,ogm_ge,qmf,unimodal,ensemble,"
+    "mla_fixed,mla,mla_released,mla_frozen"
+)
 VARIANTS = [
     "mla(projection=False)",
     "mla(norm=True)",
@@ -58,7 +62,7 @@ def refused(pred, temperatures):
     for size in (64, 1):
         parts = zip(pred.logits.split(size, 1), pred.present.split(size, 1))
         out[f"gate of {size}"] = torch.cat(
-            [fuse(l, released_gate(l, p)) for l, p in parts]
+            [fuse(z, released_gate(z, p)) for z, p in parts]
         )
     return {
         k: round((v.argmax(1) == pred.y).double().mean().item(), 4)
@@ -70,7 +74,10 @@ def row(data, cfg, r):
     args = ",".join(f"{k}={v}" for k, v in cfg.method_args.items())
     options = ",".join(f"{k}={v}" for k, v in cfg.dataset_args.items())
     command = (
-        f"mla train --dataset {cfg.dataset} --dataset_args '{options}' --method {cfg.method}"
+        (
+            f"mla train --dataset {cfg.dataset} --dataset_args '{options}' --method "
+            f"{cfg.method}"
+        )
         + (f" --method_args '{args}'" if args else "")
         + f" --lr {cfg.lr} --seed {cfg.seed}"
     )

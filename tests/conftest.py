@@ -1,4 +1,7 @@
-"""Shared by all tests: one thread, and where the real data lies (tests that need it skip, with a reason, where it does not)."""
+"""Shared by all tests: one thread, and where the real data lies.
+
+Tests that need the data skip, with a reason, where it is not there.
+"""
 
 import contextlib
 import io
@@ -21,7 +24,10 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 def script(name, *args, ok=True):
-    "data_scripts/prepare_NAME.py as a command, in this process: importing everything again would take longer than what is tested"
+    """data_scripts/prepare_NAME.py as a command, in this process.
+
+    Importing everything again would take longer than what is tested.
+    """
     said, code = io.StringIO(), None
     with (
         contextlib.redirect_stdout(said),
@@ -47,14 +53,18 @@ from pathlib import Path
 replace = os.replace
 def dying(part, path, **kw):
     path = Path(path)
-    if path.suffix == ".arrow" and list(path.parent.glob("*.arrow")): os.killpg(0, signal.SIGKILL)
+    if path.suffix == ".arrow" and list(path.parent.glob("*.arrow")):
+        os.killpg(0, signal.SIGKILL)
     return replace(part, path, **kw)
 os.replace = dying
 """
 
 
 def killed_at_the_second_shard(tmp_path, path, *args):
-    "data_scripts/PATH is killed, and all that it started, as it puts its second shard in place; when each file that was whole was written"
+    """data_scripts/PATH is killed, with all that it started, at its second shard.
+
+    Returns when each file that was whole was written.
+    """
     (tmp_path / "die").mkdir()
     (tmp_path / "die/sitecustomize.py").write_text(
         DIE

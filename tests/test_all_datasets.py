@@ -1,4 +1,7 @@
-"""Every method on every dataset's miniature, with and without gaps; parameter files for papermill are what the presets say."""
+"""Every method on every dataset's miniature, with and without gaps.
+
+Parameter files for papermill are what the presets say.
+"""
 
 import sys
 from importlib import import_module
@@ -87,7 +90,7 @@ def test_parameter_files_are_in_step_and_complete():
     assert {p.name: p.read_text() for p in OUT.glob("*.yaml")} == made, (
         "run `make params`"
     )
-    for name, text in made.items():
+    for text in made.values():
         Run(**yaml.safe_load(text))
     assert (
         set(MODALITIES) == set(MINIATURES) | {"synthetic", "digits"}

@@ -1,4 +1,7 @@
-"""Chapters in a real JupyterLab, driven by Chromium: every cell runs, knobs move pictures, a button stops training. `make browser`."""
+"""Chapters in a real JupyterLab, driven by Chromium: `make browser`.
+
+Every cell runs, knobs move pictures, a button stops training.
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,7 +53,10 @@ LONG = (
 
 
 class Lab:
-    "A JupyterLab of its own: settings, kernels and notebooks lie in a temporary folder, and nobody without the token gets in"
+    """A JupyterLab of its own, which wants a token.
+
+    Settings, kernels and notebooks lie in a temporary folder.
+    """
 
     def __init__(self, root):
         self.root, self.port, self.token = root, free_port(), secrets.token_hex(16)
@@ -72,26 +79,23 @@ class Lab:
             PYTHONPATH=str(ROOT),
             OMP_NUM_THREADS="1",
         )
-        self.log = open(root / "lab.log", "w")
         (root / "nbs").mkdir()
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "jupyterlab",
-                "--no-browser",
-                "--ip=127.0.0.1",
-                f"--port={self.port}",
-                "--ServerApp.port_retries=0",
-                "--allow-root",
-                "--MappingKernelManager.transport_encryption=auto",
-                f"--ServerApp.root_dir={root / 'nbs'}",
-            ],
-            cwd=root,
-            env=env,
-            stdout=self.log,
-            stderr=self.log,
-        )
+        command = [
+            sys.executable,
+            "-m",
+            "jupyterlab",
+            "--no-browser",
+            "--ip=127.0.0.1",
+            f"--port={self.port}",
+            "--ServerApp.port_retries=0",
+            "--allow-root",
+            "--MappingKernelManager.transport_encryption=auto",
+            f"--ServerApp.root_dir={root / 'nbs'}",
+        ]
+        with (root / "lab.log").open("w") as log:  # the process keeps it open
+            self.process = subprocess.Popen(
+                command, cwd=root, env=env, stdout=log, stderr=log
+            )
 
     def setting(self, name, value):
         path = self.root / f"settings/@jupyterlab/{name}.jupyterlab-settings"
@@ -133,7 +137,6 @@ class Lab:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
-        self.log.close()
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +183,12 @@ def errors(lab, name):
 
 
 def run_all(lab, page, nb, name):
-    "Open a notebook, run all its cells, those marked `eval: false` too, and wait for the end"
+    "Open a notebook, run all cells, `eval: false` or not, and wait for the end"
     nb.cells.append(nbformat.v4.new_code_cell(f"print({END[:5]!r} + {END[5:]!r})"))
     nbformat.write(nb, lab.root / "nbs" / name)
     page.goto(f"http://127.0.0.1:{lab.port}/lab/tree/{name}?reset&token={lab.token}")
     page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
-    # a run asked for before the kernel is connected opens the "Select Kernel" dialog instead
+    # a run asked for before the kernel is connected opens the "Select Kernel" dialog
     page.locator("#jp-main-statusbar").get_by_text(re.compile(r"\| Idle")).wait_for()
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
     page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
@@ -229,7 +232,7 @@ def moved(picture, act):
 
 
 def press(slider, key):
-    "One step, hence one new picture: a second one could be taken for the answer to what is done next"
+    "One step, one new picture: a second one would pass for the answer to the next step"
     handle = slider.locator(".noUi-handle")
     handle.focus()
     handle.press(key)
@@ -261,12 +264,10 @@ def test_a_chapter_runs_and_its_knobs_move_its_picture(
     widget.scroll_into_view_if_needed()
     shot(widget, f"{name}-before", tmp_path)
     for label in knobs:
-        moved(picture, lambda: press(knob(page, label), "ArrowLeft"))
+        moved(picture, partial(press, knob(page, label), "ArrowLeft"))
     for label in boxes:
-        moved(
-            picture,
-            lambda: widget.locator("label", has_text=label).locator("input").click(),
-        )
+        box = widget.locator("label", has_text=label).locator("input")
+        moved(picture, box.click)
     shot(widget, f"{name}-after", tmp_path)
     shot(page, f"{name}-page", tmp_path)
     assert not errors(lab, f"{name}.ipynb")
@@ -297,8 +298,16 @@ LIVE = """
 from mla_nb.data.synthetic import synthetic
 import mla_nb.encoders.audio, mla_nb.encoders.image, mla_nb.encoders.text
 s = synthetic(n_train=200, n_valid=60, n_test=60)
-encs = {m: encoders[f'small_{mod.kind}'](mod, s.train.column(m)) for m, mod in s.modalities.items()}
-learn = Learner(make_net(ConcatHead, encs, 6), loaders(s, {m: e.preprocessor for m, e in encs.items()}), concat(), callbacks=[Recorder(), LiveView(s.bayes)])
+encs = {
+    m: encoders[f'small_{mod.kind}'](mod, s.train.column(m))
+    for m, mod in s.modalities.items()
+}
+learn = Learner(
+    make_net(ConcatHead, encs, 6),
+    loaders(s, {m: e.preprocessor for m, e in encs.items()}),
+    concat(),
+    callbacks=[Recorder(), LiveView(s.bayes)],
+)
 learn.fit(500)
 print('epochs', learn.epoch, len(learn.history), learn.stop)
 """

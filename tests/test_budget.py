@@ -177,8 +177,8 @@ def measured(path):
 
 def over(row, excused=()):
     "The limits that a chapter breaks"
-    most = {k: v for k, v in MOST.items()}
-    least = {k: v for k, v in LEAST.items()}
+    most = dict(MOST)
+    least = dict(LEAST)
     for k in excused:
         value = excused[k][0]
         (most if k in most and value > most[k] else least)[k] = value

@@ -1,4 +1,7 @@
-"""The command line before any work begins: no PyTorch, quick answers, an index that agrees with the registries."""
+"""The command line before any work begins.
+
+No PyTorch, quick answers, an index that agrees with the registries.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,7 @@
-"""What README, teaching.md, CONTRIBUTING and the chapters tell a reader to type: Python blocks run, command lines are understood by the programs they name."""
+"""What README, teaching.md, CONTRIBUTING and the chapters tell a reader to type.
+
+Python blocks run; command lines are understood by the programs they name.
+"""
 
 import argparse
 import ast

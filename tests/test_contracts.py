@@ -1,4 +1,4 @@
-"""Every entry of every registry keeps its contract, also those that somebody adds tomorrow."""
+"""Every entry of every registry keeps its contract, also those added tomorrow."""
 
 import copy
 import json
@@ -145,7 +145,7 @@ def test_encoder(name, kind, form):
 
 @pytest.mark.parametrize("name,kind,form", ENCODERS)
 def test_preprocessor(name, kind, form):
-    "Encoded items are small and normalized from buffers; the copy of a worker does the same"
+    "Encoded items are small, normalized from buffers; so does the copy of a worker"
     items = _items(kind, form)
     mod = Modality(kind, form, {"rate": 8000, "seconds": 0.6} if form == "wave" else {})
     enc = encoders[name](mod, items)
@@ -188,7 +188,7 @@ def test_synthetic(preset):
 
 
 def test_datasets_are_known_to_these_tests():
-    "Whoever adds a dataset adds its check: the ones that need files are checked where their files are made"
+    "A new dataset needs its check; one that needs files is checked where they are made"
     from mla_nb.data.miniature import MINIATURES
 
     discover()

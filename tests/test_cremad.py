@@ -1,4 +1,7 @@
-"""CREMA-D: names, published lists, the command line from a tree of the official layout, and what can go wrong in it."""
+"""CREMA-D from a tree of the official layout, and what can go wrong in it.
+
+Names, published lists, the command line.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""The digits dataset: preparation from the command line, on made recordings and on the real ones."""
+"""The digits dataset: preparation from the command line.
+
+On synthetic recordings and on the real ones.
+"""
 
 import io
 import json
@@ -96,7 +99,7 @@ def test_no_image_is_in_two_splits(here, tones):
 
 
 def test_kill_9_is_repaired_by_running_again(here):
-    "Killed while it works; the second call makes what is missing, and the same bytes as an undisturbed one"
+    "Killed at work; the second call makes what is missing, byte for byte the same"
     miniature("tones.zip", per=20)
     first = killed_at_the_second_shard(
         here, "prepare_digits.py", "--archive", "tones.zip"
@@ -308,7 +311,7 @@ def test_another_version_of_the_data_is_another_run(here, tones):
         run(cfg)
 
 
-# the real recordings ------------------------------------------------------------------------------------------------
+# the real recordings ------------------------------------------------------------------
 
 
 def test_real_archive(here, real_archive):

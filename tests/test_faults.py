@@ -1,6 +1,9 @@
-"""Faults, one after the other: kills, signals, damaged bytes, full disks, two processes, numbers that are none, and whatever hypothesis can think of.
+"""Faults, one after the other, and what is left after each.
 
-`make test` runs a fast subset; `make soak` all of it (pytest -m soak), and writes results/faults.json and results/faults.md."""
+Kills, signals, damaged bytes, full disks, two processes, numbers that are none, and the
+inputs that hypothesis finds. `make test` runs a fast subset; `make soak` all of it
+(pytest -m soak), and writes results/faults.json and results/faults.md.
+"""
 
 import errno
 import json
@@ -14,7 +17,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -83,8 +86,8 @@ def table():
     if not MANY:
         return
     rows = [
-        {"fault": k, "tried": t, "survived": s, "data_lost": l}
-        for k, (t, s, l) in TALLY.items()
+        {"fault": k, "tried": tried, "survived": survived, "data_lost": lost}
+        for k, (tried, survived, lost) in TALLY.items()
     ]
     path = Path(os.environ["FAULTS_TABLE"])
     path.parent.mkdir(exist_ok=True)
@@ -171,7 +174,7 @@ def half(whole):
     return cfg
 
 
-# kills and signals, from outside -----------------------------------------------------------------------------------
+# kills and signals, from outside ------------------------------------------------------
 
 KILLER = """
 import json, os, random, signal, sys, time
@@ -181,7 +184,9 @@ args = json.loads(sys.argv[1])
 rng, out = random.Random(args['seed']), []
 warm()
 for cfg in (Run(**c) for c in args['runs']):
-    clock = time.perf_counter(); forked(cfg.replace(name='whole')); clock = time.perf_counter() - clock
+    clock = time.perf_counter()
+    forked(cfg.replace(name='whole'))
+    clock = time.perf_counter() - clock
     left, k = args['kills'].pop(0), 0
     while left > 0 and k < 40:
         c, k = cfg.replace(name=f'hit{k}'), k + 1
@@ -245,7 +250,8 @@ def test_kill_9_at_many_random_moments(tmp_path):
 
 SLOW = """
 import signal, time
-signal.signal(signal.SIGINT, signal.default_int_handler)        # a job in the background is born deaf to it
+# a job in the background is born deaf to it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 import mla_nb.train.learner as l
 f = l.Learner.one_batch
@@ -464,7 +470,7 @@ def test_the_second_signal_stops_at_once_and_handlers_are_put_back(whole):
     assert same(cfg, whole)
 
 
-# checkpoints --------------------------------------------------------------------------------------------------------
+# checkpoints --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -606,7 +612,7 @@ def test_a_state_that_is_not_finite_replaces_nothing(whole, half):
     assert (cfg.folder / "last.pt").read_bytes() == before
 
 
-# damaged bytes ------------------------------------------------------------------------------------------------------
+# damaged bytes ------------------------------------------------------------------------
 
 
 def use(cfg):
@@ -794,7 +800,7 @@ def test_many_damaged_files_of_a_prepared_dataset(toy, tmp_path):
     spoil_data(toy, tmp_path, MORE)
 
 
-# disks --------------------------------------------------------------------------------------------------------------
+# disks --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -873,7 +879,10 @@ def test_a_disk_that_becomes_read_only(small_disk, whole):
     remount("ro")
     with pytest.raises(
         InputError,
-        match="cannot be written: Read-only file system; change its permissions, or choose another root",
+        match=(
+            "cannot be written: Read-only file system; change its permissions, or "
+            "choose another root"
+        ),
     ):
         run(cfg)
     with pytest.raises(InputError, match="cannot be written"):
@@ -925,7 +934,8 @@ def big_read(i):
         ),
         (
             RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
+                "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't "
+                "allocate memory: you tried to allocate 99 bytes."
             ),
             "out of memory",
         ),
@@ -994,7 +1004,7 @@ def test_a_worker_that_is_really_killed(whole, tmp_path):
     tally("device out of memory, worker killed, quota", same(cfg, whole))
 
 
-# two at once --------------------------------------------------------------------------------------------------------
+# two at once --------------------------------------------------------------------------
 
 
 def holder(path):
@@ -1003,7 +1013,14 @@ def holder(path):
         [
             sys.executable,
             "-c",
-            f"import fcntl, os, time\nf = os.open({str(path)!r}, os.O_RDWR | os.O_CREAT)\nfcntl.flock(f, fcntl.LOCK_EX)\nos.write(f, b'process 7 on mars')\nprint('held', flush=True)\ntime.sleep(100)",
+            (
+                "import fcntl, os, time\n"
+                f"f = os.open({str(path)!r}, os.O_RDWR | os.O_CREAT)\n"
+                "fcntl.flock(f, fcntl.LOCK_EX)\n"
+                "os.write(f, b'process 7 on mars')\n"
+                "print('held', flush=True)\n"
+                "time.sleep(100)"
+            ),
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -1089,7 +1106,7 @@ def test_locks_in_one_process(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# numbers that are none ----------------------------------------------------------------------------------------------
+# numbers that are none ----------------------------------------------------------------
 
 
 class Bad(Callback):
@@ -1120,7 +1137,10 @@ def test_samples_of_a_batch_that_is_no_number_are_written_down(whole, what):
         also(Bad(what)),
         pytest.raises(
             Diverged,
-            match=f"the {what} is inf in epoch 2, batch 4 .*clip-.*nan.json.*try a learning rate below 0.1",
+            match=(
+                f"the {what} is inf in epoch 2, batch 4 .*clip-.*nan.json.*try a "
+                "learning rate below 0.1"
+            ),
         ),
     ):
         run(cfg)
@@ -1170,7 +1190,7 @@ def test_ids_of_a_prepared_split_reach_the_batches(toy):
             assert ds.ids[:2] == ["clip-0", "clip-1"]
 
 
-# the doctor ---------------------------------------------------------------------------------------------------------
+# the doctor ---------------------------------------------------------------------------
 
 
 def test_doctor_on_this_machine():
@@ -1231,7 +1251,7 @@ def test_doctor_says_what_is_wrong_with_versions():
         (["nothing-like-this"], "nothing-like-this is missing"),
     ):
         with (
-            patch("importlib.metadata.requires", lambda name: wanted),
+            patch("importlib.metadata.requires", lambda name, wanted=wanted: wanted),
             pytest.raises(InputError, match=says),
         ):
             versions()
@@ -1244,7 +1264,7 @@ def test_doctor_says_what_is_wrong_with_versions():
     assert not f.ok and "ZeroDivisionError" in f.says
 
 
-# whatever hypothesis can think of -----------------------------------------------------------------------------------
+# whatever hypothesis can think of -----------------------------------------------------
 
 FUZZ = {
     "deadline": None,
@@ -1319,10 +1339,8 @@ def test_parameters(kw):
 @given(st.text(max_size=40) | st.text("ab=,()'.[]{}1 ", max_size=30))
 def test_options(text):
     for read in (parse_args, with_options):
-        try:
+        with suppress(InputError):
             read(text)
-        except InputError:
-            pass
     tally("odd parameters, tables, split files, logits (hypothesis)")
 
 
@@ -1456,7 +1474,7 @@ def test_a_million_samples(all_rules):
     tally("odd parameters, tables, split files, logits (hypothesis)")
 
 
-# bookkeeping --------------------------------------------------------------------------------------------------------
+# bookkeeping --------------------------------------------------------------------------
 
 
 def test_the_soak_is_left_out_of_make_test():

@@ -1,4 +1,7 @@
-"""Feature datasets: what is extracted, that a kill loses nothing, what is trained on them, and what one can do wrong."""
+"""Feature datasets: what is extracted, and what is trained on it.
+
+A kill loses nothing; what one can do wrong is answered.
+"""
 
 import json
 import os
@@ -311,7 +314,7 @@ def test_random_weights_are_called_random(mine, capsys):
 
 
 def test_features_of_hub_models(mine, capsys):
-    "CLIP in small: its two towers read words and pictures; sound has an encoder of its own"
+    "CLIP in small: its towers read words and pictures; sound has its own encoder"
     tf = pytest.importorskip("transformers")
     from test_hub import SMALL, tokenizer
 
@@ -391,7 +394,10 @@ def test_make_extracts_before_it_trains():
         said.index(step)
         for step in (
             "prepare_iemocap.py --miniature",
-            "extract_features.py --dataset 'iemocap' --variant miniature --encoder 'small'",
+            (
+                "extract_features.py --dataset 'iemocap' --variant miniature "
+                "--encoder 'small'"
+            ),
             "-r dataset_args 'variant=miniature-features'",
         )
     ]
@@ -501,7 +507,10 @@ def test_features_and_other_encoders_do_not_mix(done):
     }
     with pytest.raises(
         InputError,
-        match=r"encoder='resnet18' for audio: its items are extracted features .*say --encoder features",
+        match=(
+            r"encoder='resnet18' for audio: its items are extracted features .*say "
+            r"--encoder features"
+        ),
     ):
         run(Run(**features))
     with pytest.raises(
@@ -510,7 +519,10 @@ def test_features_and_other_encoders_do_not_mix(done):
         run(Run(**features, encoder="audio=features,video=features,text=small"))
     with pytest.raises(
         InputError,
-        match="encoder='features' for audio.*of the form 'features'; extract features first",
+        match=(
+            "encoder='features' for audio.*of the form 'features'; extract features "
+            "first"
+        ),
     ):
         run(Run(**{**features, "dataset_args": "variant=tiny"}, encoder="features"))
     with pytest.raises(InputError, match="encoder=features reads extracted features"):

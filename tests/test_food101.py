@@ -1,4 +1,7 @@
-"""Food-101: pictures and titles joined, lists, the command line from a tree of the official layout, and what can go wrong in it."""
+"""Food-101 from a tree of the official layout, and what can go wrong in it.
+
+Pictures and titles joined, lists, the command line.
+"""
 
 import csv
 import json

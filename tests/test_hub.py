@@ -1,4 +1,7 @@
-"""Hub encoders, offline: tiny random models saved in folders. What is read, what trains, what is stored, and what one can do wrong."""
+"""Hub encoders, offline: tiny random models saved in folders.
+
+What is read, what trains, what is stored, and what one can do wrong.
+"""
 
 import json
 import pickle
@@ -296,7 +299,7 @@ def test_timm_by_name(name, items):
 @pytest.mark.parametrize("name,model,items", ALL)
 @pytest.mark.parametrize("k", [0, 1, -1])
 def test_what_is_frozen_stays(models, name, model, items, k):
-    "Parameters, batch statistics and dropout: a step in train mode moves nothing that is frozen"
+    "Parameters, batch statistics, dropout: training moves nothing that is frozen"
     enc, raw = make(name, items, models / model, train_last=k)
     enc.train()
     frozen = {n for n, p in enc.named_parameters() if not p.requires_grad}
@@ -448,7 +451,7 @@ def test_weights_are_those_of_the_folder(models):
 
 
 def test_a_timm_model_by_name_reads_what_was_fetched_for_it(models, monkeypatch):
-    "The folder stands for the cache: nothing else is asked, and its weights are the ones that are used"
+    "The folder stands for the cache: only it is asked, and its weights are used"
     from safetensors.torch import load_file
 
     asked = []
@@ -572,7 +575,10 @@ def test_no_network_is_one_sentence(monkeypatch):
     for name in ("no-such-organization/no-such-model", "not a name"):
         with pytest.raises(
             InputError,
-            match=r"no such folder, it is not in the cache.*give its folder in place of the name",
+            match=(
+                r"no such folder, it is not in the cache.*give its folder in place of "
+                r"the name"
+            ),
         ):
             hub_folder(name)
     with pytest.raises(
@@ -753,7 +759,10 @@ def test_options_are_checked(models):
 
 def test_a_run_and_its_net_without_the_models(mine, tmp_path):
     "Three widths, one shared head; afterwards the run folder is enough"
-    spec = f"audio=small,visual=hf:{mine}/vit(train_last=1),text=hf:{mine}/bert(train_last=0, pool=cls)"
+    spec = (
+        f"audio=small,visual=hf:{mine}/vit(train_last=1),text=hf:{mine}"
+        "/bert(train_last=0, pool=cls)"
+    )
     cfg = Run(
         dataset="synthetic",
         dataset_args="n_train=48,n_valid=16,n_test=16",

@@ -1,9 +1,13 @@
-"""IEMOCAP: annotation files, the speaker's half, splits by session, the command line from a tree of the official layout, and what can go wrong in it."""
+"""IEMOCAP from a tree of the official layout, and what can go wrong in it.
+
+Annotation files, the speaker's half, splits by session, the command line.
+"""
 
 import os
 import shutil
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import av
 import numpy as np
@@ -50,9 +54,14 @@ def labels(root, k=1):
 
 
 def test_the_official_formats(tmp_path):
-    "Lines as the release has them; what else lies in these files and folders is passed over"
+    "Lines as the release has them; other lines and files are passed over"
     (tmp_path / "Ses01F_impro01.txt").write_text(
-        "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n[6.2901 - 8.2357]\tSes01F_impro01_F000\tneu\t[2.5000, 2.5000, 2.5000]\nC-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
+        "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n"
+        "\n"
+        "[6.2901 - 8.2357]\tSes01F_impro01_F000\tneu\t[2.5000, 2.5000, 2.5000]\n"
+        "C-E2:\tNeutral;\t()\n"
+        "A-E3:\tval 3; act 2; dom  2;\t()\n"
+        "\n"
         "[10.0100 - 11.3925]\tSes01F_impro01_MXX0\txxx\t[2.5000, 2.5000, 2.5000]\n"
     )
     found = read_emotions(tmp_path / "Ses01F_impro01.txt")
@@ -61,7 +70,9 @@ def test_the_official_formats(tmp_path):
         ("Ses01F_impro01_MXX0", "xxx", (10.01, 11.3925)),
     ]
     (tmp_path / "words.txt").write_text(
-        "Ses01F_impro01_F000 [006.2901-008.2357]: Excuse me.\nM: [LAUGHTER]\nSes01F_impro01_M000 [008.0000-009.0000]: \n"
+        "Ses01F_impro01_F000 [006.2901-008.2357]: Excuse me.\n"
+        "M: [LAUGHTER]\n"
+        "Ses01F_impro01_M000 [008.0000-009.0000]: \n"
     )
     assert read_words(tmp_path / "words.txt") == {"Ses01F_impro01_F000": "Excuse me."}
 
@@ -176,10 +187,9 @@ def test_cutting_utterances_does_not_decode_the_dialogue(tmp_path, monkeypatch):
 
 def test_a_video_whose_end_is_zeros_is_not_answered_with_its_beginning(mine):
     r = iemocap_rows(mine)[9]
-    data = open(r["video"], "rb").read()
-    open(r["video"], "wb").write(
-        data[: len(data) // 3] + bytes(len(data) - len(data) // 3)
-    )
+    video = Path(r["video"])
+    data = video.read_bytes()
+    video.write_bytes(data[: len(data) // 3] + bytes(len(data) - len(data) // 3))
     with pytest.raises(InputError, match="no picture can be decoded|damaged"):
         media.video_frames(r["video"], 1.0, r["span"])
 

@@ -1,4 +1,7 @@
-"""What importing the package costs and needs, seen from fresh interpreters; and that imports point backwards only."""
+"""What importing the package costs and needs, seen from fresh interpreters.
+
+And imports point backwards only.
+"""
 
 import ast
 import json
@@ -69,9 +72,15 @@ HEAVY = [
 
 
 def test_every_module_alone_without_notebook_tools_or_heavy_libraries():
-    "Each module in an interpreter of its own would take minutes; one after the other, in a process where these libraries do not exist"
+    """One after the other, in a process where these libraries do not exist.
+
+    Each module in an interpreter of its own would take minutes.
+    """
     fresh(
-        f"import importlib\nfor m in {MODULES!r}: importlib.import_module(m)\nfrom mla_nb.core import discover, methods\ndiscover(); assert 'mla' in methods",
+        "import importlib\n"
+        f"for m in {MODULES!r}: importlib.import_module(m)\n"
+        "from mla_nb.core import discover, methods\n"
+        "discover(); assert 'mla' in methods",
         NOTEBOOK_TOOLS + HEAVY,
     )
 
@@ -83,7 +92,8 @@ def test_every_module_alone_without_notebook_tools_or_heavy_libraries():
 def test_import_takes_nothing_heavy_along(module):
     got = json.loads(
         fresh(
-            f"import {module}, json\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+            f"import {module}, json\n"
+            f"print(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
         )
     )
     assert not set(got) & set(HEAVY + NOTEBOOK_TOOLS)

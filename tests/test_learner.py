@@ -1,4 +1,7 @@
-"""What training promises: idle encoders, missing modalities, order, budgets, shapes of what comes out."""
+"""What training promises.
+
+Idle encoders, missing modalities, order, budgets, shapes of what comes out.
+"""
 
 from functools import partial
 
@@ -95,7 +98,7 @@ def test_idle_encoders_are_bit_identical_even_with_momentum_and_weight_decay(mak
 
 
 def test_training_with_missing_modalities_never_reads_what_is_absent():
-    "NaN in absent rows changes nothing, not even batch-norm statistics, in training and in prediction"
+    "NaN in absent rows changes nothing in training or prediction, not even statistics"
     for make in (concat, ensemble, mla):
         nets = []
         for fill in (0.0, float("nan")):
@@ -252,7 +255,10 @@ def test_schedule_resumes_at_the_right_rate():
 
 
 def test_equal_budgets(tmp_path):
-    "Every method sees each sample once per epoch; a batch of one is dropped, because batch norm cannot train on it"
+    """Every method sees each sample once per epoch.
+
+    A batch of one is dropped, because batch norm cannot train on it.
+    """
     s = Samples({"audio": [torch.randn(5) for _ in range(33)]}, [0, 1, 2] * 11)
     from mla_nb.core import Modality, Splits
 
@@ -279,7 +285,7 @@ def each_loss(turn):
     "The loss of every modality by name, and that of the joint answer"
     logits = {m: turn.net.head({m: z}) for m, z in turn.features.items()}
     logits["fused"] = turn.net.combine(turn.features, turn.batch)
-    return {m: F.cross_entropy(l, turn.batch.y) for m, l in logits.items()}
+    return {m: F.cross_entropy(z, turn.batch.y) for m, z in logits.items()}
 
 
 class EachGradient(GradTransform):
@@ -303,7 +309,8 @@ def test_the_gradient_of_each_named_loss_and_their_sum(rows):
         m: F.cross_entropy(net.head({m: net.encoders[m](b.x[m])}), b.y) for m in b.x
     }
     found = {
-        m: torch.autograd.grad(l, weights, allow_unused=True) for m, l in alone.items()
+        m: torch.autograd.grad(loss, weights, allow_unused=True)
+        for m, loss in alone.items()
     }
     learn.fit(1)
     assert list(transform.each) == [*MODS, "fused"]
@@ -322,15 +329,15 @@ def test_named_losses_are_trained_on_their_sum():
         return sum(each_loss(turn).values())
 
     a, b = (
-        learner(Method(SeparateHead, loss=l), [batch(seed=k) for k in range(3)]).fit(2)
-        for l in (each_loss, total)
+        learner(Method(SeparateHead, loss=f), [batch(seed=k) for k in range(3)]).fit(2)
+        for f in (each_loss, total)
     )
     for p, q in zip(a.net.parameters(), b.net.parameters()):
         assert torch.allclose(p, q, atol=1e-6)
 
 
 def test_a_single_row_trains_with_batch_norm():
-    "One row has no batch statistics: the encoder then uses those it has, and still learns"
+    "One row has no batch statistics: the encoder uses those it has, and still learns"
     layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
     enc = ModuleEncoder(layers, 8)
     net = make_net(SharedHead, {"audio": enc}, 3).train()

@@ -1,4 +1,7 @@
-"""M3AE and CAV-MAE as encoders: inputs that do not fit, options, freezing, weights from strangers, and runs."""
+"""M3AE and CAV-MAE as encoders.
+
+Inputs that do not fit, options, freezing, weights from strangers, and runs.
+"""
 
 import collections
 import json
@@ -68,7 +71,7 @@ class Trojan:
         return os.mkdir, (self.at,)
 
 
-# what goes in -------------------------------------------------------------------------------------------------------
+# what goes in -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [4, 8, 16])
@@ -159,7 +162,10 @@ def test_cavmae_says_which_input_it_has_places_for():
     net = CAVMAE(**TINY, channels=1, grid=(8, 4))
     with pytest.raises(
         InputError,
-        match=r"gives \(8, 5\) patches of 16, and this encoder has places for \(8, 4\); cut or resize it to \(128, 64\)",
+        match=(
+            r"gives \(8, 5\) patches of 16, and this encoder has places for \(8, 4\); "
+            r"cut or resize it to \(128, 64\)"
+        ),
     ):
         net(torch.randn(1, 1, 128, 80))
 
@@ -170,7 +176,7 @@ def test_m3ae_reads_pictures_of_any_whole_number_of_patches():
         assert net(torch.randn(2, 3, *shape)).shape == (2, 64)
 
 
-# padding ------------------------------------------------------------------------------------------------------------
+# padding ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -189,7 +195,7 @@ def test_padding_matters_only_as_released(pool):
         assert torch.allclose(net(long), net(junk))  # what is masked is not looked at
 
 
-# options ------------------------------------------------------------------------------------------------------------
+# options ------------------------------------------------------------------------------
 
 MAKE = {
     "m3ae_text": (TEXT, WORDS),
@@ -289,7 +295,7 @@ def test_checkpointing_changes_no_gradient():
     assert all(torch.allclose(a, b) for a, b in zip(*grads))
 
 
-# dictionaries -------------------------------------------------------------------------------------------------------
+# dictionaries -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -360,7 +366,7 @@ def test_files_that_are_no_dictionary(tmp_path, name, text, says):
         load_tokenizer(tmp_path / name)
 
 
-# weights ------------------------------------------------------------------------------------------------------------
+# weights ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -380,7 +386,7 @@ def test_arrays_are_read_whatever_the_protocol(tmp_path, protocol):
 
 
 def jax_like(module, name):
-    "A pickle as JAX writes one: a function of its own, called with how the NumPy array inside it is made"
+    "A pickle as JAX writes one: a function of its own, called with an array's parts"
     fun, args, state = np.arange(3, dtype="f4").__reduce__()
     fake = type(name, (), {"__module__": module, "__qualname__": name})
 
@@ -432,7 +438,10 @@ def test_anything_but_arrays_is_refused_by_name(tmp_path, module, name):
     (tmp_path / "w.pkl").write_bytes(f"c{module}\n{name}\n(S'x'\ntR.".encode())
     with pytest.raises(
         InputError,
-        match=f"is refused: it holds {module}.{name}, which is not an array; nothing in it was run",
+        match=(
+            f"is refused: it holds {module}.{name}, which is not an array; nothing in "
+            "it was run"
+        ),
     ):
         load_arrays(tmp_path / "w.pkl")
 
@@ -539,7 +548,7 @@ def flax_of(net):
 
 @pytest.fixture
 def m3ae(tmp_path):
-    "A network, its parameters as flax keeps them, and a function that writes those to a file"
+    "A network, its parameters as flax keeps them, and a function that writes those"
     torch.manual_seed(0)
     net = M3AE(**TINY, vocab=40).eval()
 
@@ -584,7 +593,10 @@ def test_m3ae_tells_all_that_does_not_fit(m3ae):
     tree["surprise"], tree["cls_token"] = np.zeros(2), np.zeros((1, 1, 32))
     with pytest.raises(
         InputError,
-        match=r"1 missing \(body.blocks.1.fc2.bias\); 1 unexpected \(surprise\); 1 misshaped \(cls is \(1, 1, 32\), not \(1, 1, 64\)\)",
+        match=(
+            r"1 missing \(body.blocks.1.fc2.bias\); 1 unexpected \(surprise\); 1 "
+            r"misshaped \(cls is \(1, 1, 32\), not \(1, 1, 64\)\)"
+        ),
     ):
         load_m3ae(write(tree), M3AE(**TINY, vocab=40))
 
@@ -609,7 +621,7 @@ def test_m3ae_of_another_size_or_dictionary(m3ae):
 
 
 def test_cavmae_paths_do_not_mix():
-    "Every kind of entry has its own number; the path of a modality must hold exactly its own"
+    "Every kind of entry has its own number; a modality's path must hold just its own"
     state = {}
     for s in "av":
         state |= {
@@ -676,17 +688,18 @@ def test_sizes_are_the_published_ones():
     ]
 
 
-# runs ---------------------------------------------------------------------------------------------------------------
+# runs ---------------------------------------------------------------------------------
 
-SPEC_ALL = "audio=cavmae(size=tiny,patch=8,train_last=1),visual=m3ae(size=tiny,patch=8,checkpoint=true),text=m3ae(size=tiny,pool=cls)"
+SPEC_ALL = (
+    "audio=cavmae(size=tiny,patch=8,train_last=1),"
+    "visual=m3ae(size=tiny,patch=8,checkpoint=true),"
+    "text=m3ae(size=tiny,pool=cls)"
+)
 
 
 def test_a_run_with_masked_encoders_is_loaded_without_its_files(tmp_path, m3ae):
     _, tree, write = m3ae
-    net, path = (
-        M3AE(**TINY, vocab=40, reads=("image",)),
-        write({**tree, "text_embedding": {"embedding": np.zeros((40, 64), "f4")}}),
-    )
+    path = write({**tree, "text_embedding": {"embedding": np.zeros((40, 64), "f4")}})
     cfg = Run(
         dataset_args="n_train=64,n_valid=24,n_test=24",
         epochs=1,

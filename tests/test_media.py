@@ -1,4 +1,7 @@
-"""Files as people have them: every kind of damage is one clear sentence, and nothing half-written stays behind."""
+"""Files as people have them.
+
+Every kind of damage is one clear sentence, and nothing half-written stays behind.
+"""
 
 import json
 

@@ -1,4 +1,7 @@
-"""Missing modalities: the masks, the splits that lost items, and every method trained with half of its inputs gone."""
+"""Missing modalities: the masks, and the splits that lost items.
+
+Every method is trained with half of its inputs gone.
+"""
 
 import json
 from dataclasses import replace
@@ -57,7 +60,7 @@ def tiny():
     return synthetic(n_train=96, n_valid=48, n_test=64)
 
 
-# masks ---------------------------------------------------------------------------------------------------------------
+# masks --------------------------------------------------------------------------------
 
 
 def test_a_mask_is_fixed_by_its_seed_and_split_and_by_nothing_else():
@@ -111,7 +114,7 @@ def test_what_a_sample_never_had_does_not_come_back_and_its_last_item_stays():
     assert stay[:, only].equal(had[:, only])
 
 
-# rates as text -------------------------------------------------------------------------------------------------------
+# rates as text ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ def test_what_is_no_rate_is_refused(v):
     assert "\n" not in str(e.value)
 
 
-# splits that lost items ----------------------------------------------------------------------------------------------
+# splits that lost items ---------------------------------------------------------------
 
 
 def prepared(tmp_path):
@@ -325,7 +328,7 @@ def test_wrong_fills(tiny):
         Hidden(tiny.train, {}, "nan")
 
 
-# every method, with half of its inputs gone --------------------------------------------------------------------------
+# every method, with half of its inputs gone -------------------------------------------
 
 
 def small_nets(s, method):
@@ -354,7 +357,10 @@ def split_incomplete(tiny):
 def test_every_method_trains_at_half_and_never_reads_what_is_absent(
     name, split_incomplete
 ):
-    "Absent inputs become NaN, absent tokens a number that no embedding has: weights, statistics and answers are the same to the bit"
+    """Weights, statistics and answers are the same to the bit.
+
+    Absent inputs become NaN, absent tokens a number that no embedding has.
+    """
     nets, preds = [], []
     for poison in (False, True):
         method = methods[name]()
@@ -407,30 +413,26 @@ def test_encoders_and_their_batch_norm_see_present_rows_only(split_incomplete):
 
 
 def test_projection_remembers_the_mean_of_those_who_are_there():
-    "In turns of one modality, and when somebody gives the edit a joint turn"
+    "In turns of one modality, and when the edit is given a joint turn"
+
+    class Spy(GradProjection):
+        def update(self, turn):
+            features = turn.features.items()
+            rows = torch.cat([z[turn.batch.present[m]] for m, z in features])
+            mean = rows.detach().mean(0)
+
+            def spied(P, r, *_):
+                means.append(torch.allclose(r, mean, atol=1e-6))
+                return P
+
+            with patch("mla_nb.methods.projection.update_projection", spied):
+                super().update(turn)
+
     for method in (
         mla(),
         Method(SharedHead, joint_turn, grad_transforms=[GradProjection()]),
     ):
         means = []
-
-        class Spy(GradProjection):
-            def update(self, turn):
-                features = turn.features.items()
-                rows = (
-                    torch.cat([z[turn.batch.present[m]] for m, z in features])
-                    .detach()
-                    .mean(0)
-                )
-                with patch(
-                    "mla_nb.methods.projection.update_projection",
-                    lambda P, r, *_: (
-                        means.append(torch.allclose(r, rows, atol=1e-6)),
-                        P,
-                    )[1],
-                ):
-                    super().update(turn)
-
         learner(
             replace(method, grad_transforms=[Spy()]),
             [batch(missing=0.5, seed=k) for k in range(3)],
@@ -439,7 +441,7 @@ def test_projection_remembers_the_mean_of_those_who_are_there():
 
 
 def test_qmf_measures_history_against_samples_that_have_the_modality():
-    "Who lacks a modality has a history of zero for ever; it must not count as the easiest sample"
+    "A sample without a modality keeps a history of zero; it is not the easiest one"
     loss = QMFLoss()
     loss.history = {"audio": torch.tensor([2.0, 4.0, 0.0, 0.0])}
     rows = torch.tensor([0, 1])
@@ -500,7 +502,7 @@ def test_a_sweep_is_what_the_hidden_split_would_give(tiny):
     )
 
 
-# runs ----------------------------------------------------------------------------------------------------------------
+# runs ---------------------------------------------------------------------------------
 
 
 def test_a_run_with_missing_modalities_by_any_door(tmp_path, monkeypatch):

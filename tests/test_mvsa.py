@@ -1,4 +1,7 @@
-"""MVSA-Single: the real label file and lists, the command line from a tree of the official layout, and what can go wrong in it."""
+"""MVSA-Single from a tree of the official layout, and what can go wrong in it.
+
+The real label file and lists, the command line.
+"""
 
 import csv
 import json
@@ -305,10 +308,9 @@ def test_lists_bring_text_and_labels_and_need_no_table(mine):
     )
     out = cli("--root", mine, "--split", *how, "--size", 24)
     assert (
-        "1 labels of the lists are not what the rule 'agree' makes of labelResultAll.txt"
-        in out
-        and "ready: data/mvsa" in out
-    )
+        "1 labels of the lists are not what the rule 'agree' makes of "
+        "labelResultAll.txt"
+    ) in out and "ready: data/mvsa" in out
     s = datasets["mvsa"]()
     assert (
         [len(s.train), len(s.valid)] == [120, 30]

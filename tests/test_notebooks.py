@@ -67,7 +67,10 @@ def test_export_in_step(tmp_path):
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_chapter_is_executed(path):
-    "Readers on the web see results: outputs are there, none is an error, no widget state, no path of a machine"
+    """Readers on the web see results.
+
+    Outputs are there, none is an error, no widget state, no path of a machine.
+    """
     code = cells(path)
     outputs = [o for c in code for o in c["outputs"]]
     assert outputs and not [o for o in outputs if o["output_type"] == "error"]

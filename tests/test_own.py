@@ -1,9 +1,13 @@
-"""Data of one's own from a table, and Kinetics-Sounds from class folders: from the command line to a run, and what can be wrong with either."""
+"""Data of one's own from a table, and Kinetics-Sounds from class folders.
+
+From the command line to a run, and what can be wrong with either.
+"""
 
 import csv
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,7 +74,7 @@ def change(table, how):
         out.writeheader(), out.writerows(rows)
 
 
-# a table of one's own -----------------------------------------------------------------------------------------------
+# a table of one's own -----------------------------------------------------------------
 
 
 def test_from_a_table_to_a_run_and_twice_is_nothing(mine, here):
@@ -331,7 +335,10 @@ def test_wrong_arguments(mine, here):
 
 
 def test_absent_and_broken_files(mine, here, capsys):
-    "Files that are not there can be left out; broken ones are, and listed; stereo and other rates are resampled"
+    """Files that are not there can be left out; broken ones are, and listed.
+
+    Stereo and other rates are resampled.
+    """
 
     def wav(k):
         return mine / f"sounds/p{k:03}.wav"
@@ -380,7 +387,7 @@ def test_a_read_only_folder_is_one_sentence(mine, here):
     )
 
 
-# Kinetics-Sounds ----------------------------------------------------------------------------------------------------
+# Kinetics-Sounds ----------------------------------------------------------------------
 
 
 def test_kinetics_from_lists_to_a_run_and_twice_is_nothing(clips, here):
@@ -479,8 +486,8 @@ def test_kinetics_broken_videos_are_left_out_with_a_reason(clips, here):
     frames = np.zeros((16, 32, 32, 3), "u1")
     sf.write(here / "sound.wav", np.zeros(16000), 16000)
     spoil = {
-        "is empty": lambda p: open(p, "w").close(),
-        "git-lfs pointer": lambda p: open(p, "wb").write(POINTER),
+        "is empty": lambda p: Path(p).write_text(""),
+        "git-lfs pointer": lambda p: Path(p).write_bytes(POINTER),
         "not a readable|cut short|damaged": lambda p: os.truncate(
             p, os.path.getsize(p) // 2
         ),

@@ -1,4 +1,7 @@
-"""The package as others get it: a wheel and an archive that hold everything, and import in an environment that holds nothing else."""
+"""The package as others get it: a wheel and an archive that hold everything.
+
+They import in an environment that holds nothing else.
+"""
 
 import os
 import subprocess
@@ -114,14 +117,18 @@ def test_source_archive_can_be_built_from(source, tmp_path):
         [
             sys.executable,
             "-c",
-            f"import setuptools.build_meta as b; print(b.build_sdist({str(tmp_path)!r}))",
+            (
+                "import setuptools.build_meta as b; "
+                f"print(b.build_sdist({str(tmp_path)!r}))"
+            ),
         ],
         cwd=source,
         capture_output=True,
         text=True,
     )
     assert p.returncode == 0, p.stderr[-2000:]
-    names = tarfile.open(next(tmp_path.glob("*.tar.gz"))).getnames()
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = archive.getnames()
     for f in ("settings.ini", "setup.py", "LICENSE", "mla_nb/core.py"):
         assert any(n.endswith("/" + f) for n in names), f
 

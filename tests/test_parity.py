@@ -1,8 +1,9 @@
 """Our numbers against those of the paper's released code.
 
-The fixtures are read from the folder MLA_FIXTURES (default: ../shared/fixtures); any set of that layout will do, what
-differs between sets stands in its set.json. Every array read by a check is ticked off, and the summary names, file by
-file, what was checked and what is not covered yet.
+The fixtures are read from the folder MLA_FIXTURES (default: ../shared/fixtures); any
+set of that layout will do, what differs between sets stands in its set.json. Every
+array read by a check is ticked off, and the summary names, file by file, what was
+checked and what is not covered yet.
 """
 
 import json
@@ -92,7 +93,7 @@ def close(ours, theirs, rtol=1e-9, atol=1e-12):
     )
 
 
-# the formulas of the fixtures' README -------------------------------------------------------------------------------
+# the formulas of the fixtures' README -------------------------------------------------
 
 
 def u(tag, n):
@@ -117,7 +118,7 @@ def wave(tag, n, A):
     ).astype(np.float32)
 
 
-# a: projection ------------------------------------------------------------------------------------------------------
+# a: projection ------------------------------------------------------------------------
 
 PROJECTIONS = {
     "released": {"denominator": "elementwise", "norm": True},
@@ -190,7 +191,7 @@ def test_a_balancebenchmark():
         close(grad + (z.t("grad_in")[i] if i else 0), z["bb_grad_out"][i], 1e-8)
 
 
-# b, c: fusion -------------------------------------------------------------------------------------------------------
+# b, c: fusion -------------------------------------------------------------------------
 
 
 def stacked(z, M):
@@ -226,8 +227,8 @@ def test_b_entropy_per_batch_as_released(M):
     half = logits.shape[1] // 2
     halves = torch.cat(
         [
-            fuse(l, released_gate(l, everyone(l)))
-            for l in (logits[:, :half], logits[:, half:])
+            fuse(part, released_gate(part, everyone(part)))
+            for part in (logits[:, :half], logits[:, half:])
         ]
     )
     close(halves, z[f"batch_fused_two_halves_{M}m"])
@@ -267,7 +268,7 @@ def test_c_fixed():
         )
 
 
-# d: OGM -------------------------------------------------------------------------------------------------------------
+# d: OGM -------------------------------------------------------------------------------
 
 
 class Gain(Encoder):
@@ -311,22 +312,19 @@ def test_d_ogm(M, case, monkeypatch):
     close(
         [
             turn.loss.item(),
-            *(nn.functional.cross_entropy(l, y).item() for l in parts.values()),
+            *(nn.functional.cross_entropy(part, y).item() for part in parts.values()),
         ],
         z[f"{pre}loss"],
     )
-    for m, l in parts.items():
-        close(l.detach(), z[f"{pre}out_{m}"])
-        close(true_class(l, y).item() * len(y), z[f"{pre}score_{m}"])
-    k = modulation_coefficients(
-        {m: true_class(l.detach(), y) for m, l in parts.items()}, alpha, "released"
-    )
+    for m, part in parts.items():
+        close(part.detach(), z[f"{pre}out_{m}"])
+        close(true_class(part, y).item() * len(y), z[f"{pre}score_{m}"])
+    truth = {m: true_class(part.detach(), y) for m, part in parts.items()}
+    k = modulation_coefficients(truth, alpha, "released")
     for m in parts:
         close(k[m], z[f"{pre}coeff_{m}"])
     if M == 2:
-        assert k == modulation_coefficients(
-            {m: true_class(l.detach(), y) for m, l in parts.items()}, alpha
-        )
+        assert k == modulation_coefficients(truth, alpha)
     raw = {m: e.gain.grad.clone() for m, e in learn.net.encoders.items()}
     edit = OGM(alpha, form="released")
     edit.before_fit(learn)
@@ -349,7 +347,7 @@ def test_d_ogm(M, case, monkeypatch):
         )
 
 
-# e: QMF -------------------------------------------------------------------------------------------------------------
+# e: QMF -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("branch", ["base", "m3ae", "m3ae3"])
@@ -402,7 +400,7 @@ def test_e_qmf(branch):
         close(torch.stack(list(loss.history.values())), z[f"{branch}_history"][i])
 
 
-# f: joint heads -----------------------------------------------------------------------------------------------------
+# f: joint heads -----------------------------------------------------------------------
 
 
 def test_f_joint_heads():
@@ -444,7 +442,7 @@ def test_f_joint_heads():
         close(gated.project[other](x[other]).detach(), z[f"gated_{by}.ret_{other}"])
 
 
-# g, h: encoders -----------------------------------------------------------------------------------------------------
+# g, h: encoders -----------------------------------------------------------------------
 
 
 def plane(tag, B, P, Q):
@@ -546,7 +544,7 @@ def slot(state, model, m, heads=None, dtype=torch.double):
 
 @torch.no_grad()
 def features(z, state, encs, x, letters, rtol=1e-6):
-    "Features and logits of the shared head, against the recorded ones in float64 and, loosely, in float32"
+    "Features and logits of the shared head: as recorded in float64; loosely in float32"
     W, b = (state[f"fusion_module.fc_out.{k}"] for k in ("weight", "bias"))
     found = {}
     for (m, e), letter in zip(encs.items(), letters):
@@ -573,9 +571,9 @@ def test_g_resnet18():
     input_check(z, "visual_check", v)
     v = v.transpose(1, 2)  # ours: (B,frames,3,H,W)
     encs, stages = {m: slot(state, "av", m) for m in ("audio", "video")}, {}
-    for m, name, net in (
-        ("audio", "audio_net", encs["audio"].net),
-        ("video", "visual_net", encs["video"].net),
+    for name, net in (
+        ("audio_net", encs["audio"].net),
+        ("visual_net", encs["video"].net),
     ):
         for s in ("maxpool", "layer1", "layer2", "layer3", "layer4"):
             getattr(net, s).register_forward_hook(
@@ -597,7 +595,7 @@ def test_g_resnet18():
     with torch.no_grad():
         for letter, m, x in (("a", "audio", a), ("v", "video", v)):
             close(encs[m].train()(x.double()), z[f"train_feat_{letter}"], 1e-9)
-    # the recorded stages are those of the training pass (the fixtures' page does not say so)
+    # the recorded stages are those of the training pass (the page does not say so)
     close(
         [[stages[k].mean(), stages[k].std(unbiased=False)] for k in z["stage_names"]],
         z["stage_mean_std"],
@@ -618,7 +616,7 @@ def loose(z, state, model, x, letters, heads, found):
         1e-4,
     )
     for k, limit in zip(
-        [f"{kind}_{l}" for kind in ("feat", "logits") for l in letters],
+        [f"{kind}_{c}" for kind in ("feat", "logits") for c in letters],
         z["max_abs_diff_float32_run"],
     ):
         assert (single[k] - found[k]).abs().max() < 20 * limit
@@ -720,7 +718,7 @@ def test_h_modal3():
     )
 
 
-# k: full size -------------------------------------------------------------------------------------------------------
+# k: full size -------------------------------------------------------------------------
 
 FULL = [("av", h, 6, f"av_{h}") for h in HEADS] + [
     ("cav", "gs", 6, "cav_gs"),
@@ -738,7 +736,7 @@ def test_k_names_and_shapes(model, head, classes, name):
 
 @pytest.mark.slow
 def test_k_full_size_checkpoint(tmp_path):
-    "Written under the released names, read by load_released, and predicting what theirs does"
+    "Written under the released names, read by load_released: it predicts as theirs"
     z, state = load("k"), {}
     for k, s in shapes(z, "m3ae_mvsa_gs_").items():
         state[k] = value(k, s)
@@ -758,7 +756,7 @@ def test_k_full_size_checkpoint(tmp_path):
             close(net.head({m: v}), z[f"base_logits_{m}_f32"], 1e-4, 1e-4)
 
 
-# i: features --------------------------------------------------------------------------------------------------------
+# i: features --------------------------------------------------------------------------
 
 
 def check_input(z, name, w):
@@ -771,7 +769,7 @@ def check_input(z, name, w):
 
 
 def spectrogram(z, name, w):
-    "Against the float64 run within float32 rounding of the input, and against the float32 run within 1e-5"
+    "The float64 run within float32 rounding of the input, the float32 run within 1e-5"
     close(log_spectrogram(w.double())[:, ::16], z[f"{name}_f64_every16"], 1e-6, 1e-6)
     close(log_spectrogram(w)[:, ::16], z[f"{name}_every16"], 1e-5, 1e-3)
 
@@ -823,11 +821,11 @@ def test_i_filter_bank_of_a_mixture():
     close(fbank(mixed)[::16], z["fbank_mix_every16"], 1e-3, 1e-3)
 
 
-# j: the alternating loop --------------------------------------------------------------------------------------------
+# j: the alternating loop --------------------------------------------------------------
 
 
 class DropAfterBatch(Callback):
-    "The state of PyTorch before 2.0: gradients are zeroed between turns, and dropped after a batch"
+    "PyTorch before 2.0: gradients are zeroed between turns, gone after a batch"
 
     def after_step(self, learn, turn):
         learn.opt.zero_grad = lambda: torch.optim.SGD.zero_grad(
@@ -839,7 +837,7 @@ class DropAfterBatch(Callback):
 
 
 class Watch(Callback):
-    "Losses per epoch and modality, parameter norm after each step, and a learning rate that decays per epoch"
+    "Losses per epoch and modality, parameter norm per step, a learning rate that decays"
 
     order = 100
 
@@ -947,7 +945,7 @@ def test_j_alternating(projection, zero):
     assert len(z["param_order"]) == len(list(learn.net.parameters()))
 
 
-# what is left -------------------------------------------------------------------------------------------------------
+# what is left -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -959,13 +957,17 @@ def test_zz_coverage(name, record_property):
     )
     if not load(start).used:
         pytest.skip(
-            "counts what the tests of this file have read; run them in one process (-n needs --dist loadfile)"
+            "counts what the tests of this file have read; run them in one process "
+            "(-n needs --dist loadfile)"
         )
     missed = sorted(arrays - load(start).used)
     groups = sorted({re.sub(r"\d+$", "*", k) for k in arrays - set(missed)})
     record_property(
         "parity",
-        f"checked: {name}: {len(arrays) - len(missed)} of {len(arrays)} arrays: {', '.join(groups)}"
+        (
+            f"checked: {name}: {len(arrays) - len(missed)} of {len(arrays)} arrays: "
+            f"{', '.join(groups)}"
+        )
         + (f"; not covered: {', '.join(missed)}" if missed else ""),
     )
     assert not missed, f"never read: {missed}"

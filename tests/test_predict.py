@@ -1,4 +1,7 @@
-"""Prediction on one's own files: as training read them, any subset, one or many, in tables, from the command line, and as an exported graph."""
+"""Prediction on one's own files, read as training read them.
+
+Any subset, one or many, in tables, from the command line, and as an exported graph.
+"""
 
 import csv
 import json
@@ -105,6 +108,12 @@ def table(rows, name="t.csv"):
         out.writeheader(), out.writerows(rows)
 
 
+def answers(path):
+    "What was written, row by row"
+    with open(path, newline="", encoding="utf-8") as f:
+        return list(csv.DictReader(f))
+
+
 def says(*argv):
     "What `mla predict` ends with"
     with pytest.raises(SystemExit) as e:
@@ -141,7 +150,10 @@ def rows_of(name, raw):
 
 @pytest.mark.parametrize("name", ["cremad", "kinetics", "mvsa", "iemocap", "own"])
 def test_a_raw_file_becomes_the_prepared_item(name, root):
-    "Bit by bit the items of the prepared dataset, hence the run's own test predictions; frames, JPEG, float16 and cuts included"
+    """Bit by bit the items of the prepared dataset, hence the run's own predictions.
+
+    Frames, JPEG, float16 and cuts are included.
+    """
     data = root / "data"
     if name == "own":
         raw = own_example(root / "raw/own", 72)
@@ -267,7 +279,7 @@ def test_digits_from_recordings_and_pictures(digits, here):
 
 
 def test_names_the_digit_of_a_real_recording(real_archive, here, capsys):
-    "A model trained on the real recordings, asked from the command line about files it was not trained on"
+    "Trained on the real recordings, asked from the command line about other files"
     recordings = read_archive(real_archive)
     prepare_digits(recordings, "data", n_train=600, progress=False)
     run(
@@ -516,7 +528,7 @@ def test_a_table(p, files, s):
     Path("5.png").write_bytes(b"junk")
     table(files)
     r = predict_table(p, "t.csv", "out.csv", batch_size=2, progress=False)
-    rows = list(csv.DictReader(open("out.csv")))
+    rows = answers("out.csv")
     assert (
         [x["id"] for x in rows] == [f"s{i}" for i in range(6)]
         and r["answered"] == r["labeled"] == 3
@@ -583,9 +595,15 @@ def test_no_row_is_answered_twice(p, files, monkeypatch):
 
 
 def test_killed_for_real(moods, files):
-    "SIGKILL in the middle; the same command goes on, and its output is that of an undisturbed one"
+    "SIGKILL in the middle; the same command goes on, and its output is the same"
     table([dict(files[i % 6], id=f"r{i}") for i in range(60)])
-    code = "import os; from pathlib import Path; from mla_nb import predict_table as P; real = P.predict_rows\ndef dies(*a): len(list(Path('.').glob('out.csv.partial/0*.json'))) < 3 or os.kill(os.getpid(), 9); return real(*a)\nP.predict_rows = dies; from mla_nb.cli import main; main()"
+    code = (
+        "import os; from pathlib import Path; from mla_nb import predict_table as P; "
+        "real = P.predict_rows\n"
+        "def dies(*a): len(list(Path('.').glob('out.csv.partial/0*.json'))) < 3 or "
+        "os.kill(os.getpid(), 9); return real(*a)\n"
+        "P.predict_rows = dies; from mla_nb.cli import main; main()"
+    )
     command = [
         sys.executable,
         "-c",
@@ -608,7 +626,7 @@ def test_killed_for_real(moods, files):
     )
     mla(["predict", str(moods[0]), "--csv", "t.csv", "--out", "out.csv"])
     mla(["predict", str(moods[0]), "--csv", "t.csv", "--out", "whole.csv"])
-    got, want = (list(csv.DictReader(open(f))) for f in ("out.csv", "whole.csv"))
+    got, want = (answers(f) for f in ("out.csv", "whole.csv"))
     assert [r["id"] for r in got] == [f"r{i}" for i in range(60)]
     for a, b in zip(got, want):
         assert (
@@ -677,14 +695,17 @@ def test_wrong_tables_are_one_sentence(p, here, text, said):
 
 
 def test_tables_as_spreadsheets_write_them(p, here):
-    "Semicolons, a byte-order mark, no ids, empty lines, a text that lies in a file; paths from the table's folder"
+    """Semicolons, a byte-order mark, no ids, empty lines, a text that lies in a file.
+
+    Paths start at the table's folder.
+    """
     Path("sub").mkdir()
     Path("sub/note.txt").write_text("he felt glad")
     Path("sub/t.csv").write_text(
         "\ufeffText;Text_file\nshe felt sad;\n\n;note.txt\n", encoding="utf-8"
     )
     r = predict_table(p, "sub/t.csv", "out.csv", progress=False)
-    rows = list(csv.DictReader(open("out.csv")))
+    rows = answers("out.csv")
     assert (
         [x["id"] for x in rows] == ["1", "2"]
         and r["answered"] == 2

@@ -1,4 +1,7 @@
-"""Checkpoints of the released code: told apart, loaded, and refused with a sentence when they are damaged or dangerous."""
+"""Checkpoints of the released code: told apart and loaded.
+
+Those that are damaged or dangerous are refused with a sentence.
+"""
 
 import math
 import os
@@ -225,7 +228,7 @@ def test_raw_items(saved, tmp_path):
     ].preprocessor(["a b"])["ids"].shape == (1, 256)
 
 
-# damaged, foreign, dangerous ----------------------------------------------------------------------------------------
+# damaged, foreign, dangerous ----------------------------------------------------------
 
 
 def test_all_that_does_not_fit_is_in_one_sentence(saved):
@@ -241,7 +244,12 @@ def test_all_that_does_not_fit_is_in_one_sentence(saved):
     state["module.mae_a.blocks_u.0.mlp.fc1.bias"] = torch.zeros(7)
     with pytest.raises(
         InputError,
-        match=r"2 missing \(encoders.audio.net.body.blocks.0.attn.qkv.bias, encoders.video.net.body.norm.weight\); 2 unexpected \(extra, mae_v.surprise\); 1 misshaped \(encoders.audio.net.body.blocks.2.fc1.bias is \(7,\), not \(256,\)",
+        match=(
+            r"2 missing \(encoders.audio.net.body.blocks.0.attn.qkv.bias, "
+            r"encoders.video.net.body.norm.weight\); 2 unexpected \(extra, "
+            r"mae_v.surprise\); 1 misshaped "
+            r"\(encoders.audio.net.body.blocks.2.fc1.bias is \(7,\), not \(256,\)"
+        ),
     ) as e:
         load_released(saved(state))
     assert "\n" not in str(e.value)
@@ -338,7 +346,10 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, save):
     )
     with pytest.raises(
         InputError,
-        match="is refused: it holds .*mkdir, which is not a tensor; nothing in it was run|is not a readable checkpoint",
+        match=(
+            "is refused: it holds .*mkdir, which is not a tensor; nothing in it was "
+            "run|is not a readable checkpoint"
+        ),
     ) as e:
         load_released(tmp_path / "bad.pth")
     assert "\n" not in str(e.value) and not (tmp_path / "owned").exists()

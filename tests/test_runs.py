@@ -1,4 +1,7 @@
-"""Runs as users make them: command line, papermill, kills, several processes, and everything that can be done wrong."""
+"""Runs as users make them, and everything that can be done wrong.
+
+Command line, papermill, kills, several processes.
+"""
 
 import json
 import os
@@ -56,7 +59,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
 
 
-# the same run by other means ----------------------------------------------------------------------------------------
+# the same run by other means ----------------------------------------------------------
 
 
 def test_two_runs_of_one_seed_are_identical_and_seeds_differ(tmp_path):
@@ -251,7 +254,7 @@ def test_workers_give_the_same_result(tmp_path):
     assert same(weights(tmp_path / "a" / a["id"]), weights(tmp_path / "b" / b["id"]))
 
 
-# kills --------------------------------------------------------------------------------------------------------------
+# kills --------------------------------------------------------------------------------
 
 DIES = """
 import os, signal
@@ -342,7 +345,7 @@ def test_two_processes(tmp_path):
     assert out.stdout.count("best epoch") == 1 and r["best_epoch"] in (1, 2, 3)
 
 
-# everything a user can do wrong -------------------------------------------------------------------------------------
+# everything a user can do wrong -------------------------------------------------------
 
 WRONG = [
     (
@@ -387,7 +390,10 @@ WRONG = [
     ),
     (
         ["--dataset", "digits", "--dataset_args", ""],
-        "there is no prepared dataset at data/digits; run: python data_scripts/prepare_digits.py",
+        (
+            "there is no prepared dataset at data/digits; run: python "
+            "data_scripts/prepare_digits.py"
+        ),
     ),
     (["--init", "nowhere"], "there is no such checkpoint"),
     (
@@ -570,7 +576,7 @@ def test_files_of_tensors_are_equal_byte_for_byte_and_for_others_to_read(tmp_pat
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "c").stat().st_mode
 
 
-# tables and pictures ---------------------------------------------------------------------------------------------------
+# tables and pictures ------------------------------------------------------------------
 
 
 def test_a_run_of_two_processes_is_not_one_of_one(tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"""The web site: every chapter and every module has a page, no warning, no link that leads nowhere."""
+"""The web site: every chapter and every module has a page.
+
+No warning, no link that leads nowhere.
+"""
 
 import importlib.util
 import subprocess

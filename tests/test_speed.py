@@ -1,4 +1,7 @@
-"""What is done for speed keeps its promises: no waiting inside a step, nothing allocated twice, the same results. No timings here."""
+"""What is done for speed keeps its promises. No timings here.
+
+No waiting inside a step, nothing allocated twice, the same results.
+"""
 
 import subprocess
 import sys
@@ -67,11 +70,14 @@ def learner(method, batches, **kw):
     )
 
 
-# no waiting -----------------------------------------------------------------------------------------------------------
+# no waiting ---------------------------------------------------------------------------
 
 
 class NoWaiting(TorchDispatchMode):
-    "Fails where a GPU would have to be waited for: numbers read from floats, rows chosen by flags on its side"
+    """Fails where the CPU would have to wait for a GPU.
+
+    That is: numbers read from floats, rows chosen by flags on its side.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
@@ -117,7 +123,7 @@ def test_the_check_can_fail():
         learn.one_batch()
 
 
-# the projection -------------------------------------------------------------------------------------------------------
+# the projection -----------------------------------------------------------------------
 
 
 def test_the_projection_is_updated_in_place():
@@ -166,7 +172,7 @@ def test_the_factor_is_the_matrix_while_it_grows(D, n, rank):
 
 def test_truncation_protects_less_and_never_more():
     U = torch.zeros(16, 0, dtype=torch.double)
-    for k in range(100):
+    for _ in range(100):
         longer = update_factor(U, torch.randn(16, dtype=torch.double), 0.1, 99)
         U = update_factor(U, torch.randn(16, dtype=torch.double), 0.1, 3)
         assert (
@@ -211,12 +217,12 @@ def test_the_contract_holds_for_a_factor():
     [check_projection(rank=r) for r in (4, 8, 64)]
 
 
-# optimizer, layout, precision -----------------------------------------------------------------------------------------
+# optimizer, layout, precision ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_fused_is_the_same_although_turns_begin_one_after_the_other(optimizer):
-    "Plain fused SGD fails: the shared head has momentum when the second encoder has none"
+    "Plain fused SGD fails: the shared head has momentum, the second encoder has none"
     a, b = (
         learner(
             mla(),
@@ -247,9 +253,9 @@ def test_channels_last_changes_the_layout_and_nothing_else():
     cfg = Run(**TINY, method="concat")
     s = make_dataset(cfg)
     a, b = (build(cfg.replace(channels_last=c), s) for c in (False, True))
-    for l in (a, b):
-        l.callbacks = [c for c in l.callbacks if isinstance(c, Recorder)]
-        l.fit(1)
+    for learn in (a, b):
+        learn.callbacks = [c for c in learn.callbacks if isinstance(c, Recorder)]
+        learn.fit(1)
     assert all(
         p.is_contiguous(memory_format=torch.channels_last)
         for p in b.net.parameters()
@@ -297,11 +303,11 @@ def test_options_that_came_later_leave_the_names_of_runs_alone():
         assert plain.replace(**{k: v}).id != plain.id
 
 
-# prediction -----------------------------------------------------------------------------------------------------------
+# prediction ---------------------------------------------------------------------------
 
 
 def test_predictions_can_be_learned_from():
-    "They are made in inference mode, whose tensors autograd refuses; what comes out are plain ones"
+    "They are made in inference mode, which autograd refuses; plain ones come out"
     p = predictions(learner(mla(), [batch()]).net, mla(), [batch(), batch(seed=1)])
     for v in (p.logits, p.fused, p.weights):
         assert not v.is_inference()
@@ -310,7 +316,7 @@ def test_predictions_can_be_learned_from():
     assert w.grad is not None
 
 
-# variation of pictures ------------------------------------------------------------------------------------------------
+# variation of pictures ----------------------------------------------------------------
 
 
 def pictures(**kw):
@@ -418,7 +424,7 @@ def test_shards_want_a_prepared_dataset(tmp_path):
     assert not list(tmp_path.rglob("last.pt"))
 
 
-# benchmarks, at shapes that take no time ------------------------------------------------------------------------------
+# benchmarks, at shapes that take no time ----------------------------------------------
 
 
 @pytest.fixture
@@ -473,7 +479,10 @@ def test_the_released_step_trains(bench):
 
 
 def test_a_benchmark_called_profile_does_not_hide_the_standard_one():
-    code = "import sys; sys.path.insert(0, 'benchmarks'); import cProfile, profile; print(profile.Profile.__name__, profile.run.__doc__ is not None)"
+    code = (
+        "import sys; sys.path.insert(0, 'benchmarks'); import cProfile, profile; "
+        "print(profile.Profile.__name__, profile.run.__doc__ is not None)"
+    )
     assert subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     ).stdout.split() == ["Profile", "True"]

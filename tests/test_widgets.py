@@ -1,4 +1,7 @@
-"""Things to touch, without a browser: the widgets hold PNG pictures and WAV sounds, so that a test can turn a knob and look."""
+"""Things to touch, without a browser.
+
+The widgets hold PNG pictures and WAV sounds: a test can turn a knob and look.
+"""
 
 import io
 import json
@@ -74,7 +77,7 @@ def turn(box, label, value):
     )
 
 
-# core: what all of them are made of ------------------------------------------------------------------------------------
+# core: what all of them are made of ---------------------------------------------------
 
 
 def dots(n):
@@ -97,7 +100,10 @@ def test_png_closes_its_own_figures_only_also_when_drawing_fails():
 
 
 def test_png_is_not_interrupted_by_jupyter(monkeypatch):
-    "A click in another thread makes Jupyter show every open figure; while we draw, both of its hooks are off, and on again afterwards"
+    """While we draw, both of Jupyter's hooks are off, and on again afterwards.
+
+    A click in another thread would make it show every open figure.
+    """
     from IPython.core.interactiveshell import InteractiveShell
     from matplotlib_inline.backend_inline import flush_figures
 
@@ -164,7 +170,7 @@ def test_two_widgets_do_not_know_each_other():
     assert parts(two)[2].value == old
 
 
-# 01: what modalities say, and the bound --------------------------------------------------------------------------------
+# 01: what modalities say, and the bound -----------------------------------------------
 
 
 def test_every_knob_moves_the_bound():
@@ -194,7 +200,7 @@ def test_knobs_are_drawn_as_they_are():
     assert bounds(k)["text"] == pytest.approx(0.3 + 0.65 / 6) and len(bounds(k)) == 7
 
 
-# 10: the plane -----------------------------------------------------------------------------------------------------------
+# 10: the plane ------------------------------------------------------------------------
 
 
 def test_every_knob_moves_the_projection():
@@ -242,7 +248,7 @@ def test_the_plane_refuses_nonsense(kw):
     assert str(e.value).count("\n") == 0
 
 
-# 11: four rules ----------------------------------------------------------------------------------------------------------
+# 11: four rules -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mods", [("audio", "visual"), ("audio", "visual", "text")])
@@ -256,18 +262,18 @@ def test_every_knob_moves_the_fusion(mods):
 
 
 def test_four_answers_by_hand():
-    l = torch.tensor([[2.0, 0, 0], [0, 1, 0]])
-    four = four_answers(l)
-    H = torch.distributions.Categorical(logits=l).entropy()
+    logits = torch.tensor([[2.0, 0, 0], [0, 1, 0]])
+    four = four_answers(logits)
+    H = torch.distributions.Categorical(logits=logits).entropy()
     assert torch.allclose(four["entropy"][0], (-H).softmax(0)) and torch.allclose(
-        four["mean"][1], l.mean(0).softmax(0)
+        four["mean"][1], logits.mean(0).softmax(0)
     )
     assert list(four) == ["mean", "fixed", "entropy", "energy"]
     for w, p in four.values():
         assert w.sum() == pytest.approx(1, abs=1e-5) and p.sum() == pytest.approx(
             1, abs=1e-5
         )
-    for w, p in four_answers(l, [False, False]).values():
+    for w, p in four_answers(logits, [False, False]).values():
         assert not w.any() and torch.allclose(p, torch.full((3,), 1 / 3))
 
 
@@ -293,7 +299,7 @@ def test_fusion_wants_two_or_three(n):
         four_answers(torch.zeros(n, 3))
 
 
-# 06: watching and stopping -----------------------------------------------------------------------------------------------
+# 06: watching and stopping ------------------------------------------------------------
 
 
 class Press(Callback):
@@ -413,7 +419,7 @@ def test_live_picture_shows_the_last_epoch():
     )
 
 
-# 13: samples -------------------------------------------------------------------------------------------------------------
+# 13: samples --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -571,7 +577,7 @@ def test_items_are_drawn(s):
         assert len(getattr(ax, drawn)) == 1
 
 
-# 15: runs ----------------------------------------------------------------------------------------------------------------
+# 15: runs -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -652,7 +658,7 @@ def test_a_run_that_cannot_be_drawn_is_named(runs, tmp_path):
 
 
 def test_samples_of_a_dataset_that_is_gone(runs, tmp_path):
-    "The pictures of the folder are still there; its samples are not, and a sentence says so"
+    "The folder's pictures are still there; its samples are not, and a sentence says so"
     bad = shutil.copytree(folders(runs)[0], tmp_path / "runs/bad")
     about = json.loads((bad / "config.json").read_text())
     about["run"].update(dataset="digits", dataset_args={})

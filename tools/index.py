@@ -1,4 +1,6 @@
-"""Write mla_nb/_index.py: the names in all registries, for help texts and for "did you mean" without importing PyTorch.
+"""Write mla_nb/_index.py: the names in all registries.
+
+Help texts and "did you mean" need them, without importing PyTorch.
 
 python tools/index.py           write it (`make export` does)
 python tools/index.py --check   say whether it is up to date

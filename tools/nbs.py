@@ -1,11 +1,15 @@
 """Notebook chores that need no Quarto.
 
 nbs.py run 10 [11 …]      execute chapters in place and store them clean
-nbs.py solutions [10 …]   run the exercises' solutions after their chapters, and say what fails or prints something else than it says there
-nbs.py papermill …        papermill, with the same arguments; what its kernel says is encrypted
-nbs.py readme [--check]   write README.md from nbs/index.ipynb, or say whether it is up to date
-nbs.py publish URL        name the public repository: in settings.ini, and in every chapter badges that open it in Colab or Binder
-                          with a cell that installs the package there
+nbs.py solutions [10 …]   run the exercises' solutions after their chapters, and say
+                          what fails or prints something else than it says there
+nbs.py papermill …        papermill, with the same arguments; what its kernel says is
+                          encrypted
+nbs.py readme [--check]   write README.md from nbs/index.ipynb, or say whether it is up
+                          to date
+nbs.py publish URL        name the public repository: in settings.ini, and in every
+                          chapter badges that open it in Colab or Binder with a cell
+                          that installs the package there
 """
 
 import re
@@ -29,7 +33,10 @@ HIDE = re.compile(r"^\s*#\s*\|\s*(hide|default_exp|export|exporti)\b", re.M)
 
 
 class Client(NotebookClient):
-    "Leaves out what nbdev leaves out: cells marked `#| eval: false` (widgets, whose state does not belong in git)"
+    """Leaves out what nbdev leaves out: cells marked `#| eval: false`.
+
+    They are widgets, whose state does not belong in git.
+    """
 
     async def async_execute_cell(self, cell, *args, **kwargs):
         if re.search(r"^\s*#\s*\|\s*eval:\s*false", cell.source, re.M):
@@ -87,7 +94,10 @@ def printed(cell):
 
 
 def solutions(names):
-    "Chapter and solutions in one kernel; nothing is stored. An error that the solution speaks of (`# Diverged: …`) is none"
+    """Chapter and solutions in one kernel; nothing is stored.
+
+    An error that the solution speaks of (`# Diverged: …`) is none.
+    """
     failed = 0
     for path in map(
         chapter, names or sorted(str(p) for p in (ROOT / "nbs").rglob("[0-9]*.ipynb"))
@@ -101,9 +111,11 @@ def solutions(names):
         ]
         nb.cells.append(
             nbformat.v4.new_code_cell(
-                f"import os, tempfile\nif os.path.samefile('.', {str(path.parent)!r}): os.chdir(tempfile.mkdtemp())"
+                "import os, tempfile\n"
+                f"if os.path.samefile('.', {str(path.parent)!r}): "
+                "os.chdir(tempfile.mkdtemp())"
             )
-        )  # what solutions write is nobody's business
+        )  # what solutions write is not kept
         first, said = len(nb.cells), []
         for kind, text in blocks:
             if kind == "python":
@@ -129,7 +141,10 @@ def solutions(names):
                 printed(cell),
             ):
                 print(
-                    f"{path.name}:\n{cell.source}\n  it says  {text}\n  it gave  {printed(cell)}\n",
+                    f"{path.name}:\n"
+                    f"{cell.source}\n"
+                    f"  it says  {text}\n"
+                    f"  it gave  {printed(cell)}\n",
                     flush=True,
                 )
         print(f"{path.name}: {len(said)} solutions", flush=True)
@@ -177,7 +192,10 @@ def clean():
 
 
 def readme(check):
-    "The index as Markdown: hidden cells left out, `echo: false` cells with their outputs only, pictures with their `fig-alt`"
+    """The index as Markdown: hidden cells left out, pictures with their `fig-alt`.
+
+    Cells marked `echo: false` show their outputs only.
+    """
     from nbconvert import MarkdownExporter
 
     nb = nbformat.read(ROOT / "nbs/index.ipynb", 4)
@@ -245,18 +263,23 @@ if not find_spec('mla_nb'):
 def badges(path, repo, branch):
     "Two pictures that open a chapter elsewhere"
     place = path.relative_to(ROOT)
+    colab = "https://colab.research.google.com"
+    binder = "https://mybinder.org"
     return (
-        f"\n\n[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{repo}/blob/{branch}/{place}) "
-        f"[![Open in Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/{repo}/{branch}?labpath={place})"
+        f"\n\n[![Open in Colab]({colab}/assets/colab-badge.svg)]"
+        f"({colab}/github/{repo}/blob/{branch}/{place}) "
+        f"[![Open in Binder]({binder}/badge_logo.svg)]"
+        f"({binder}/v2/gh/{repo}/{branch}?labpath={place})"
     )
 
 
 def publish(url):
-    "Once for a repository; doing it again, or with another address, replaces what is there"
+    "Once for a repository; once more, or with another address, replaces what is there"
     found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", url)
     if not found:
         sys.exit(
-            f"{url!r} is not the address of a repository that Colab can open; expected https://github.com/NAME/REPOSITORY"
+            f"{url!r} is not the address of a repository that Colab can open; "
+            "expected https://github.com/NAME/REPOSITORY"
         )
     ini = (ROOT / "settings.ini").read_text()
     url, branch = (

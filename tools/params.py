@@ -1,6 +1,9 @@
 """Parameter files for papermill, one per dataset and method: python tools/params.py
 
-Each holds what the dataset's preset says, spelled out: papermill nbs/experiments/run.ipynb out.ipynb -f nbs/experiments/params/cremad-mla.yaml
+Each holds what the dataset's preset says, spelled out:
+
+    papermill nbs/experiments/run.ipynb out.ipynb \\
+        -f nbs/experiments/params/cremad-mla.yaml
 """
 
 from pathlib import Path

@@ -3,7 +3,8 @@
     site.py build [DIR]     write the site to DIR (default: _site/html)
     site.py check [DIR]     every internal link and anchor of a built site resolves
 
-Chapters are shown as they are stored: nothing is executed. Pages of the API are written from signatures and docstrings.
+Chapters are shown as they are stored: nothing is executed. Pages of the API are written
+from signatures and docstrings.
 """
 
 import inspect
@@ -58,8 +59,14 @@ def badges(path):
     if not found:
         return ""
     where = f"{found[1]}/blob/{s['branch']}/{path.relative_to(ROOT)}"
-    binder = f"https://mybinder.org/v2/gh/{found[1]}/{s['branch']}?labpath={path.relative_to(ROOT)}"
-    return f"[Open in Colab](https://colab.research.google.com/github/{where}) · [Open in Binder]({binder})\n\n"
+    binder = (
+        f"https://mybinder.org/v2/gh/{found[1]}/{s['branch']}"
+        f"?labpath={path.relative_to(ROOT)}"
+    )
+    return (
+        f"[Open in Colab](https://colab.research.google.com/github/{where}) · "
+        f"[Open in Binder]({binder})\n\n"
+    )
 
 
 def page(path):
@@ -104,7 +111,10 @@ def page(path):
 
 
 def linked(text, path):
-    "Links to files of the repository that are no pages go to the repository, or become plain text where it has no address"
+    """Links to files that are no pages go to the repository.
+
+    They become plain text where it has no address.
+    """
     url = settings()["git_url"].rstrip("/")
 
     def one(m):
@@ -121,7 +131,9 @@ def linked(text, path):
         return (
             f"`{label.strip('`')}`"
             if "example.invalid" in url
-            else f"[{label}]({url}/blob/{settings()['branch']}/{file.relative_to(ROOT)})"
+            else (
+                f"[{label}]({url}/blob/{settings()['branch']}/{file.relative_to(ROOT)})"
+            )
         )
 
     parts = re.split(
@@ -134,7 +146,7 @@ def linked(text, path):
 
 
 def api(module):
-    "One module's page: every exported name with its signature, its line and what each parameter means"
+    "One module's page: every exported name with its signature, line and parameters"
     m = import_module(module)
     lines = [f"# {module}", "", (inspect.getdoc(m) or "").strip(), ""]
     for name in m.__all__:
@@ -229,7 +241,8 @@ def prepare(src):
     lost = {n for n in found if not any(int(n) in numbers for _, numbers in PARTS)}
     if lost:
         sys.exit(
-            f"tools/site.py: chapter {', '.join(sorted(lost))} belongs to no part; add it to PARTS"
+            f"tools/site.py: chapter {', '.join(sorted(lost))} belongs to no part; "
+            "add it to PARTS"
         )
     for path in found.values():
         write(page(path), src / path.relative_to(ROOT / "nbs"))
@@ -318,7 +331,9 @@ def build(out):
         )
     (out / ".nojekyll").touch()
     print(
-        f"{out}: {len(list(out.rglob('*.html')))} pages, {sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 2**20:.1f} MB"
+        f"{out}: {len(list(out.rglob('*.html')))} pages, "
+        f"{sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 2**20:.1f} "
+        "MB"
     )
 
 
