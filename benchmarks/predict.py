@@ -26,7 +26,7 @@ from mla_nb.data.media import media_modalities, media_options
 from mla_nb.heads import make_net
 from mla_nb.methods.base import predict
 from mla_nb.methods.mla import mla
-from mla_nb.predict import Predictor
+from mla_nb.predict import Classifier
 
 
 def predictor(family):
@@ -54,7 +54,7 @@ def predictor(family):
         "dataset": o,
         "items": shapes,
     }
-    return Predictor(make_net(method.head, encs, 6), method, about, {})
+    return Classifier(make_net(method.head, encs, 6), method, about, {})
 
 
 def files(folder):
@@ -102,7 +102,7 @@ def throughput(p, sources, n, tries):
 
     def one():
         t = time.perf_counter()
-        p.answer(items)
+        p.predict_items(items)
         return {"s": time.perf_counter() - t}
 
     return n / (statistics.median(timed(one, tries)["s"]) / 1000)

@@ -837,7 +837,7 @@ class DropAfterBatch(Callback):
 
 
 class Watch(Callback):
-    "Losses per epoch and modality, parameter norm per step, a learning rate that decays"
+    "Losses per epoch and modality, parameter norm per step, a rate that decays"
 
     order = 100
 
