@@ -241,14 +241,14 @@ def press(slider, key):
 @pytest.mark.parametrize(
     "name, theme, knobs, boxes",
     [
-        ("11_fusion", "Light", ["audio, A", "text, C"], ["visual is there"]),
+        ("10_fusion", "Light", ["audio, A", "text, C"], ["visual is there"]),
         (
-            "10_projection",
+            "09_projection",
             "Light",
             ["audio, degrees", "gradient, degrees", "λ", "turns"],
             [],
         ),
-        ("01_synthetic", "Dark", ["visual, expressed", "text, blank"], []),
+        ("02_synthetic", "Dark", ["visual, expressed", "text, blank"], []),
     ],
 )
 def test_a_chapter_runs_and_its_knobs_move_its_picture(
@@ -295,8 +295,13 @@ def test_an_error_is_noticed(lab, page):
 
 
 LIVE = """
+from mla_nb.core import encoders
 from mla_nb.data.synthetic import synthetic
-import mla_nb.encoders.audio, mla_nb.encoders.image, mla_nb.encoders.text
+from mla_nb.heads import ConcatHead, make_net
+from mla_nb.methods.base import concat
+from mla_nb.train.learner import Learner, Recorder
+from mla_nb.train.loaders import loaders
+from mla_nb.train.watching import LiveView
 s = synthetic(n_train=200, n_valid=60, n_test=60)
 encs = {
     m: encoders[f'small_{mod.kind}'](mod, s.train.column(m))
