@@ -274,7 +274,7 @@ def test_digits_from_recordings_and_pictures(digits, here):
     with pytest.raises(InputError, match="cannot be given"):
         p.explain(audio={"path": "fast.wav", "span": (0, 1)})
     sf.write("nan.wav", np.full(8000, np.nan, "f4"), 8000, subtype="FLOAT")
-    with pytest.raises(InputError, match="no numbers"):
+    with pytest.raises(InputError, match="NaN or infinity"):
         p.explain(audio="nan.wav")
 
 
@@ -380,7 +380,7 @@ def test_ragged_samples(p, s):
         ({"text": ["a", None]}, "sample 1 has none"),
         ({"text": 5}, "no text"),
         ({"audio": torch.zeros(2, 8000)}, "no waveform"),
-        ({"audio": torch.full((8000,), float("nan"))}, "no numbers"),
+        ({"audio": torch.full((8000,), float("nan"))}, "NaN or infinity"),
         ({"audio": object()}, "nothing that can be read"),
         ({"visual": torch.rand(3, 32, 32)}, "0 to 255"),
         ({"visual": torch.zeros(4, 32, 32, dtype=torch.uint8)}, "no picture"),

@@ -112,8 +112,8 @@ def cremad_splits(
 
 # %% ../../nbs/27_cremad.ipynb #6b271c14
 def prepare_cremad(
-    root,
-    split=("random",),  # the repository; as in `cremad_splits`
+    root,  # the repository
+    split=("random",),  # as in `cremad_splits`
     data="data",
     variant: str = "",
     out=None,

@@ -121,7 +121,7 @@ def miniature(
     per: int = 12,  # recordings of each digit by each speaker
     seed: int = 0,
 ) -> Path:
-    "A made archive in the dataset's layout: telephone tones instead of voices"
+    "A synthetic archive in the dataset's layout: tones instead of voices"
     import soundfile as sf
 
     low, high, rng = (
@@ -361,8 +361,8 @@ def digits_folder(o: dict) -> str:
 
 # %% ../../nbs/26_digits.ipynb #38237350
 def pair(
-    recordings: dict,
-    o: dict,  # name -> bytes; options
+    recordings: dict,  # name -> bytes
+    o: dict,  # options
 ) -> dict:  # split -> sources for `read_row`
     "Every recording with an image of its digit, from the pool of its split"
     pools, out = image_pools(o["pairing"]), {}

@@ -94,9 +94,7 @@ def read_titles(
 # %% ../../nbs/28_food101.ipynb #edea1f2e
 def food101_rows(
     root,  # the unpacked download, with images/ and texts/
-) -> (
-    list
-):  # rows for `read_media`; `image` or `text` is missing or None where there is none
+) -> list:  # rows for `read_media`; `image` or `text` may be missing or None
     "Pictures and their titles; what does not fit is reported"
     rows, odd = food101_images(root), defaultdict(list)
     classes = {
@@ -148,8 +146,8 @@ def across(groups: list, what: int = 0) -> list:
 
 # %% ../../nbs/28_food101.ipynb #bb314ae1
 def listed_rows(
-    root,
-    lists: dict,  # the download; split -> entries, from `read_split`
+    root,  # the download
+    lists: dict,  # split -> entries, from `read_split`
     have: dict,  # id (a file name's stem) -> row
 ) -> list:  # rows for those that are there
     "What split lists name: pictures by `img` or by name; the list's text, if any"
@@ -171,8 +169,8 @@ def listed_rows(
 # %% ../../nbs/28_food101.ipynb #8482a0c8
 def split_by_lists(
     root,
-    have: dict,
-    files,  # as in `listed_rows`; TRAIN TEST, or TRAIN VALID TEST
+    have: dict,  # as in `listed_rows`
+    files,  # TRAIN TEST, or TRAIN VALID TEST
     labels=None,  # a label in lower case -> class name; None: as the lists have them
     seed: int = 0,
     absent: str = "error",
@@ -191,8 +189,8 @@ def split_by_lists(
 
 # %% ../../nbs/28_food101.ipynb #d46eb6df
 def food101_splits(
-    root,
-    how=("official",),  # the download; ['official'], ['random'], or files
+    root,  # the download
+    how=("official",),  # ['official'], ['random'], or files
     seed: int = 0,
     absent: str = "error",
 ) -> dict:  # split -> rows
@@ -233,8 +231,8 @@ def food101_splits(
 
 # %% ../../nbs/28_food101.ipynb #4f368e23
 def split_incomplete(
-    splits: dict,
-    names,  # split -> rows; the modalities that a whole sample has
+    splits: dict,  # split -> rows
+    names,  # the modalities that a whole sample has
     incomplete: str = "keep",  # or 'skip'
 ) -> tuple:  # the splits; dict(split, id, lacks) for every gap
     "Samples that lack something: kept without it, or left out; listed either way"
@@ -263,13 +261,13 @@ def split_incomplete(
 
 # %% ../../nbs/28_food101.ipynb #004ddb6e
 def prepare_pairs(
-    name: str,
-    title: str,
+    name: str,  # the dataset's short name
+    title: str,  # its full name
     classes: list,
-    splits: dict,  # the dataset's short and its full name
-    root,
-    split,
-    o: dict,  # the download; --split; from `media_options`, with `incomplete`
+    splits: dict,
+    root,  # the download
+    split,  # as --split has it
+    o: dict,  # from `media_options`, with `incomplete`
     progress: bool = True,
     **where,  # data, variant, out, workers, force: of `prepare_media`
 ) -> Path:
@@ -301,8 +299,8 @@ def prepare_pairs(
 
 # %% ../../nbs/28_food101.ipynb #181c7e74
 def prepare_food101(
-    root,
-    split=("official",),  # the download; as in `food101_splits`
+    root,  # the download
+    split=("official",),  # as in `food101_splits`
     data="data",
     variant: str = "",
     out=None,

@@ -211,8 +211,8 @@ def iemocap_splits(
 
 # %% ../../nbs/30_iemocap.ipynb #b9ae83fb
 def prepare_iemocap(
-    root,
-    split=("random",),  # the release; as in `iemocap_splits`
+    root,  # the release
+    split=("random",),  # as in `iemocap_splits`
     data="data",
     variant: str = "",
     out=None,

@@ -173,7 +173,7 @@ def _iemocap(root, n, seed):
             some = [
                 dict(r, text=script.setdefault((r["y"], k // 4), r["text"]))
                 for k, r in enumerate(some)
-            ]  # lines that everybody says
+            ]  # the lines of the script
         if some:
             _dialogue(
                 root / f"Session{d // 2 + 1}",
@@ -289,8 +289,8 @@ def miniature(
     todo.mkdir(parents=True)
     MINIATURES[name](todo, n, seed)
     (todo / done.name).write_text(
-        f"A made dataset in the layout of {name}: {n} samples, seed {seed}. Nothing "
-        "in it was recorded.\n"
+        f"A synthetic dataset in the layout of {name}: {n} samples, seed {seed}. "
+        "Nothing in it was recorded.\n"
     )
     todo.rename(root)
     return root

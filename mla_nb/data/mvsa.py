@@ -117,8 +117,8 @@ def mvsa_files(
 
 # %% ../../nbs/29_mvsa.ipynb #b34e0e45
 def mvsa_rows(
-    root,
-    labels: str = "agree",  # the download; a rule of `LABEL_RULES`
+    root,  # the download
+    labels: str = "agree",  # a rule of `LABEL_RULES`
 ) -> list:  # rows for `read_media`
     "The tweets that have a label by this rule; those that have no file are reported"
     if labels not in LABEL_RULES:
@@ -141,8 +141,8 @@ def mvsa_rows(
 
 # %% ../../nbs/29_mvsa.ipynb #4d7b471d
 def mvsa_splits(
-    root,
-    how=("random",),  # the download; ['random'], or files
+    root,  # the download
+    how=("random",),  # ['random'], or files
     labels: str = "agree",  # a rule of `LABEL_RULES`
     seed: int = 0,
     absent: str = "error",
@@ -178,8 +178,8 @@ def normalized_text(text: str) -> tuple:
 
 # %% ../../nbs/29_mvsa.ipynb #f4900a80
 def prepare_mvsa(
-    root,
-    split=("random",),  # the download; as in `mvsa_splits`
+    root,  # the download
+    split=("random",),  # as in `mvsa_splits`
     data="data",
     variant: str = "",
     out=None,

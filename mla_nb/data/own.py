@@ -74,7 +74,7 @@ def own_example(
         if i % 9 == 4:
             row["image"] = ""  # the camera was out of film
         if i % 7 == 3:
-            row["text"] = ""  # nobody took notes
+            row["text"] = ""  # no notes were taken
         rows.append(row)
 
     def write(part):
@@ -85,7 +85,7 @@ def own_example(
 
     write_atomic(
         root / "MINIATURE.txt",
-        f"Made samples ({n}, seed {seed}). Nothing in them was recorded.\n",
+        f"Synthetic samples ({n}, seed {seed}). Nothing in them was recorded.\n",
     )
     write_atomic(root / "table.csv", write)  # last: a table that is there is whole
     return root / "table.csv"
@@ -317,7 +317,7 @@ def prepare_own(
     for m in names:
         if not any(m in r or m == "text" and "text_file" in r for r in splits["train"]):
             raise InputError(
-                f"no training sample has {m}, so nothing can be learnt from it; "
+                f"no training sample has {m}, so nothing can be learned from it; "
                 "change the split, or remove that column."
             )
     return prepare_media(
@@ -390,7 +390,7 @@ def own_main(
         if not a.pop("miniature"):
             return prepare_own(**a)
         table = own_example(Path(a["data"]) / "raw/own-miniature")
-        print(f"{table}: a made table; nothing in it was recorded")
+        print(f"{table}: a synthetic table; nothing in it was recorded")
         return prepare_own(table, **{**SMALL, **a, "name": a["name"] or "miniature"})
 
     in_a_sentence("own", do)
@@ -482,8 +482,8 @@ def kinetics_splits(
 
 # %% ../../nbs/31_own.ipynb #9c0e8ee8
 def prepare_kinetics(
-    root,
-    split=("random",),  # the folder; as in `kinetics_splits`
+    root,  # the folder
+    split=("random",),  # as in `kinetics_splits`
     data="data",
     variant: str = "",
     out=None,
