@@ -84,12 +84,21 @@ VARIANTS = {
     "qmf m3ae": {"branch": "m3ae"},
     "mla rank": {"rank": 40},
     "mla update_first": {"when": "update_first"},
+    "agm features": {"form": "features"},
+    "gblending often": {"every": 1},
+    "lfm learned": {"alpha": "learned", "lr": 0.1},
+    "mmpareto released": {"form": "released"},
+    "opm early": {"start": 0},
+    "relearning early": {"every": 1},
 }
 METHODS = [*sorted(methods), *VARIANTS]  # every registered method, and some variants
 CORE = "concat", "ogm", "qmf", "ensemble", "mla"
 CASES = [
     (m, d) for m in METHODS for d in DATA if m in CORE or d in ("one_sided", "ragged")
 ]
+# weights that are divided by a small squared difference of losses; and the direction
+# of a distance that is nearly 0: here a prototype is the mean of one sample
+SENSITIVE = {"gblending often": 1e-4, "pmr": 2e-4}
 MICRO = [(m, "missing") for m in METHODS]  # the same in micro-batches of three rows
 
 
@@ -117,6 +126,24 @@ def per_loss():
     return Method(head, alternating(), named, [EachGradient()])
 
 
+class Dropping(GradTransform):
+    "Takes modalities away after they were encoded, some by number and some by chance"
+
+    def after_features(self, learn, turn):
+        idx, chance = turn.rows.idx.cpu(), torch.rand(turn.count)
+        gone = dict.fromkeys(turn.modalities, idx % 5 == 0)
+        if "audio" in gone:
+            gone["audio"] = gone["audio"] | (idx % 3 == 0)
+        if "visual" in gone:
+            gone["visual"] = gone["visual"] | (chance < 0.5)
+        turn.drop(gone)
+
+
+def dropping():
+    "Joint training in which features are dropped between encoders and head"
+    return Method(methods["concat"]().head, grad_transforms=[Dropping()])
+
+
 class Unused(Encoder):
     "An encoder with a part that its output does not depend on, as hub encoders have"
 
@@ -133,14 +160,25 @@ class SameNoise(Callback):
 
     order = -1
 
-    def after_backward(self, learn, turn):
+    def before_fit(self, learn):
+        turns = learn.method.turns
+
+        def seeded(b):
+            self.after_backward(learn)
+            yield from turns(b)
+
+        learn.method.turns = seeded
+
+    def after_backward(self, learn, turn=None):
         n = learn.seed * 1_000_003 + learn.epoch * 7919 + learn.step
         torch.manual_seed(n * 1024)
 
+    after_features = after_backward
+
 
 def make(name, options=None):
-    if name == "per_loss":
-        return per_loss()
+    if name in ("per_loss", "dropping"):
+        return {"per_loss": per_loss, "dropping": dropping}[name]()
     options = VARIANTS.get(name, {}) if options is None else options
     return methods[name.split()[0]](**options)
 
@@ -255,6 +293,17 @@ class Wishes(Callback):
         self.heard.append(float(learn.runtime.agree("stop", wish, now=True)))
 
 
+def encoded(data, runtime=None):
+    "Features of training samples 3 to 40 after an epoch"
+    batches, dls = DATA["missing"](), None
+    if data != "lists":
+        dls = loaded(8 if runtime else 16, ready=0 if data == "workers" else 2**30)
+    learn = trained("mla", batches, runtime, epochs=1, dls=dls)
+    b = learn.encode_split(learn.training_rows(torch.arange(3, 41)))
+    x = {m: v * b.present[m][:, None] for m, v in b.x.items()}
+    return {"idx": b.idx, "y": b.y, **x}
+
+
 def child(folder):
     "What each of the two processes does"
     import torch.distributed as dist
@@ -269,6 +318,11 @@ def child(folder):
         out[f"{name}|{data} micro"] = found(trained(name, DATA[data](), runtime))
     for data in DATA:
         out[f"per_loss|{data}"] = found(trained("per_loss", DATA[data](), cpu()))
+        out[f"dropping|{data}"] = found(trained("dropping", DATA[data](), cpu()))
+        runtime = cpu(micro_batch_size=3)
+        out[f"dropping|{data} micro"] = found(
+            trained("dropping", DATA[data](), runtime)
+        )
         out[f"concat|{data} unused"] = found(
             trained("concat", DATA[data](), cpu(), unused=True)
         )
@@ -283,6 +337,8 @@ def child(folder):
     out["mla|twice"] = found(twice)
     normed = trained("mla", DATA["missing"](), cpu(), norm=True)
     out["mla|normed"] = found(normed)
+    for data in ("lists", "loaders", "workers"):
+        out[f"encoded|{data}"] = encoded(data, cpu())
     wishes = Wishes()
     trained("mla", DATA["all"](), cpu(), [wishes])
     out["mla|wishes"] = {"heard": torch.tensor(wishes.heard)}
@@ -306,7 +362,7 @@ def two(tmp_path_factory):
         together(__file__, folder),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -345,6 +401,28 @@ def test_every_registered_method_is_tried_with_gaps_on_one_side():
 def test_the_gradient_of_each_named_loss_is_that_of_all_rows(two, data):
     for rank in (0, 1):
         equal(two(rank, f"per_loss|{data}"), alone("per_loss", DATA[data]()))
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("micro", ["", " micro"])
+def test_what_is_dropped_after_the_encoders(two, data, micro):
+    "Rows may leave a turn; the loss is the mean over those that stay, on all processes"
+    one = alone("dropping", DATA[data]())
+    for rank in (0, 1):
+        equal(two(rank, f"dropping|{data}{micro}"), one, 2e-6)
+
+
+@pytest.mark.parametrize("data", ["lists", "loaders", "workers"])
+def test_features_of_training_samples(two, data):
+    "All of them once, in evaluation mode, in any order, on every process"
+    one = encoded(data)
+    assert sorted(one["idx"].tolist()) == sorted(set(one["idx"].tolist()))
+    for rank in (0, 1):
+        both = two(rank, f"encoded|{data}")
+        order = both["idx"].argsort()
+        assert both["idx"][order].equal(one["idx"].sort().values)
+        for k, v in one.items():
+            assert both[k][order].allclose(v[one["idx"].argsort()], atol=1e-6)
 
 
 @pytest.mark.parametrize("data", DATA)
@@ -500,7 +578,7 @@ def test_the_command_with_gaps_and_shares_of_everything(tmp_path):
 def test_a_turn_in_micro_batches_is_the_turn(name, data, rows):
     runtime = Runtime("cpu", micro_batch_size=rows)
     cut = found(trained(name, DATA[data](), runtime, [SameNoise()]))
-    equal(cut, alone(name, DATA[data]()), 2e-6)
+    equal(cut, alone(name, DATA[data]()), SENSITIVE.get(name, 2e-6))
 
 
 def test_micro_batches_step_once_per_turn_and_bound_what_is_encoded_at_once():

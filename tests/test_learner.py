@@ -12,11 +12,12 @@ from torch import nn
 
 from mla_nb.core import Batch, Samples, collate, discover, methods
 from mla_nb.encoders.base import ModuleEncoder, Preprocessor
-from mla_nb.heads import SeparateHead, SharedHead, make_net
+from mla_nb.heads import ConcatHead, SeparateHead, SharedHead, make_net
 from mla_nb.methods.base import (
     Callback,
     GradTransform,
     Method,
+    UpdateTransform,
     concat,
     predict,
     predictions,
@@ -24,6 +25,7 @@ from mla_nb.methods.base import (
 )
 from mla_nb.methods.ensemble import alternating, ensemble
 from mla_nb.methods.mla import mla
+from mla_nb.tools import set_seed
 from mla_nb.train.learner import Learner, Loaders, Recorder, Schedule, Shuffle
 from mla_nb.train.loaders import loaders
 from mla_nb.train.runtime import Runtime
@@ -362,3 +364,46 @@ def test_a_batch_in_which_nobody_has_anything_is_passed_over(name):
         torch.arange(4),
     )
     assert not list(method.turns(nobody))
+
+
+def test_a_changed_update_includes_momentum_and_weight_decay():
+    "Half of every update is what half the learning rate gives, with SGD and momentum"
+
+    class Half(UpdateTransform):
+        def change(self, p, update):
+            return update / 2
+
+    def trained(lr, transforms):
+        set_seed(0)
+        method = Method(ConcatHead, grad_transforms=transforms)
+        net = make_net(ConcatHead, encs(), 3)
+        opt = partial(torch.optim.SGD, lr=lr, momentum=0.9)
+        dls = Loaders([batch(), batch(seed=1)], [batch()], [batch()], Shuffle(12))
+        return snapshot(Learner(net, dls, method, opt).fit(2).net)
+
+    half, slow = trained(0.1, [Half()]), trained(0.05, [])
+    for k, v in half.items():
+        assert torch.allclose(v.double(), slow[k].double(), atol=1e-6), k
+
+
+def test_a_turn_that_loses_all_its_rows_takes_no_step():
+    class Nothing(GradTransform):
+        def after_features(self, learn, turn):
+            turn.drop({m: torch.ones(turn.count, dtype=bool) for m in turn.modalities})
+
+    method = Method(ConcatHead, grad_transforms=[Nothing()])
+    learn = learner(method, [batch()])
+    before = snapshot(learn.net.head)
+    learn.fit(1)
+    assert all(v.equal(before[k]) for k, v in snapshot(learn.net.head).items())
+
+
+def test_a_sibling_trains_another_net_on_the_same_batches():
+    learn = learner(methods["concat"](), [batch(), batch(seed=1)])
+    learn.fit(1)
+    before = snapshot(learn.net)
+    net = make_net(methods["ensemble"]().head, encs(), 3)
+    first = snapshot(net)
+    other = learn.sibling(net, methods["ensemble"]()).fit(1)
+    assert any(not v.equal(first[k]) for k, v in snapshot(other.net).items())
+    assert all(v.equal(before[k]) for k, v in snapshot(learn.net).items())
