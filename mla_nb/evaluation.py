@@ -20,7 +20,7 @@ from .core import InputError, rules
 from .heads import Net
 from .methods.base import Method, Pred, predictions
 from .methods.fusion import entropy, make_rule
-from .train.loaders import Loaders
+from .train.learner import Loaders
 
 # %% ../nbs/16_evaluation.ipynb #298f7b32
 def answers(

@@ -124,8 +124,7 @@ def chapters():
 
 
 LATER = {  # module -> chapters ahead that its exported code may import, and why
-    "mla_nb.features": ({"mla_nb.runs.run"}, "encoders are built from a run's text"),
-    "mla_nb.evaluation": ({"mla_nb.train.loaders"}, "it takes the loaders' type"),
+    "mla_nb.features": ({"mla_nb.runs.run"}, "the encoders of a finished run"),
     "mla_nb.cli": ({"mla_nb.reliability"}, "one of its subcommands is the doctor"),
 }
 REFERENCE = {f"mla_nb.{m}" for m in ("tools", "plots", "widgets")}  # the last chapter
