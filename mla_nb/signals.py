@@ -6,7 +6,7 @@
 __all__ = ['log_spectrogram', 'mel_filters', 'log_mel', 'fbank', 'tile', 'excerpt']
 
 # %% ../nbs/reference/02_signals.ipynb #ddcfe432
-# Waveforms to spectrograms and filter banks.
+# Spectrograms and filter banks of chapter 3.
 
 # %% ../nbs/03_audio.ipynb #3a399aa4
 import math

@@ -6,7 +6,7 @@
 __all__ = ['Preprocessor', 'Encoder', 'ModuleEncoder', 'check_encoder']
 
 # %% ../../nbs/reference/02_encoders_base.ipynb #b729b3fb
-# What every encoder and every preprocessor declares.
+# Preprocessors and encoders, from chapter 3.
 
 # %% ../../nbs/03_audio.ipynb #8bdbc496
 import inspect
