@@ -130,7 +130,7 @@ def plot_projection(
     ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.07))
     return ax
 
-# %% ../../nbs/09_projection.ipynb #d536eb19
+
 def play_projection():
     "Knobs for two directions, a gradient, λ and the number of turns"
     from ipywidgets import FloatLogSlider
