@@ -1,4 +1,8 @@
-"""Multimodal learning by alternating unimodal adaptation. `from mla_nb import Run, run, fit, load, Classifier, registry` imports PyTorch only when it is used."""
+"""Multimodal learning by alternating unimodal adaptation.
+
+`from mla_nb import Run, run, fit, load, Classifier, registry` imports PyTorch only
+when it is used.
+"""
 
 __version__ = "0.1.0"
 

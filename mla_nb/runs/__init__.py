@@ -1,0 +1,1 @@
+"""Runs: their configuration, their folder, and what carries them out."""

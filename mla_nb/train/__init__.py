@@ -1,0 +1,1 @@
+"""Training: the learner, loaders, devices and processes, checkpoints, live views."""
