@@ -262,7 +262,7 @@ def test_digits_from_recordings_and_pictures(digits, here):
     with pytest.raises(InputError, match="cannot be given"):
         p.explain(audio={"path": "fast.wav", "span": (0, 1)})
     sf.write("nan.wav", np.full(8000, np.nan, "f4"), 8000, subtype="FLOAT")
-    with pytest.raises(InputError, match="no numbers"):
+    with pytest.raises(InputError, match="NaN or infinity"):
         p.explain(audio="nan.wav")
 
 
