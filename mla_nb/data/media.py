@@ -216,8 +216,7 @@ def sound_of(
         wave = torch.from_numpy(np.concatenate(parts))
     if not wave.isfinite().all():
         raise InputError(
-            f"{path}: the recording holds values that are no numbers (NaN or "
-            "infinity); fetch it again."
+            f"{path}: the recording holds NaN or infinity; fetch it again."
         )
     if not span:
         return wave
@@ -781,7 +780,7 @@ def media_main(
     name: str,
     doc: str,
     prepare_it,  # root, split, and the options -> the folder made
-    miniature,  # name, folder -> a made dataset in the official layout
+    miniature,  # name, folder -> a synthetic dataset in the official layout
     splits: str = "",  # further words for --split
     argv=None,
     default: str = "random",
