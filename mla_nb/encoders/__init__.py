@@ -1,0 +1,1 @@
+"""How each modality becomes a vector: one module per family of encoders."""
