@@ -165,7 +165,7 @@ class SameNoise(Callback):
 
         def seeded(b):
             self.after_backward(learn)
-            yield from turns(b)
+            yield from list(turns(b))
 
         learn.method.turns = seeded
 

@@ -586,6 +586,7 @@ def _toy(mods, n, seed):
 def check_method(
     factory,  # called without arguments, gives a `Method`
     mods=("audio", "visual", "text"),  # any number of modalities
+    epochs: int = 1,  # in which every parameter must move
 ):
     "Contract of a method: it trains, and predicts with any modalities missing"
     set_seed(0)
@@ -595,7 +596,7 @@ def check_method(
     net = make_net(method.head, encs, 3)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     dls = Loaders([b, b], [b], [b], Shuffle(24))
-    learn = Learner(net, dls, method, callbacks=[Recorder(1)]).fit(1)
+    learn = Learner(net, dls, method, callbacks=[Recorder(1)]).fit(epochs)
     assert all(
         math.isfinite(v)
         for what in ("loss", "grad")

@@ -575,10 +575,9 @@ class Runtime(Processes):
         return self.no_losses(learn, turn, z)
 
     def no_losses(self, learn, turn: Turn, z: dict) -> dict:
-        "Zeros under the names of the losses, which a row of zeros tells"
-        z = {m: v.new_zeros(1, v.shape[1]) for m, v in z.items()}
-        here, one = dict.fromkeys(z, torch.ones(1, dtype=torch.bool)), turn.rows.y[:1]
-        b = Batch(dict.fromkeys(z, one), one, here, turn.rows.idx[:1])
+        "Zeros under the names of the losses, which a turn without rows tells"
+        b = turn.batch.select_rows(torch.zeros(0, dtype=torch.long))
+        z = {m: v[:0].detach() for m, v in z.items()}
         with torch.no_grad():
             found = named_losses(learn.method.loss(Turn(b, turn.net, features=z)))
         if learn.per_loss:
