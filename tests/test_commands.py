@@ -270,8 +270,9 @@ def test_scripts_answer_help():
 
 @pytest.mark.parametrize("file", [f for f in TEXTS if f.exists()], ids=lambda f: f.name)
 def test_python_blocks_run(file, tmp_path, monkeypatch):
-    from mla_nb.core import datasets, encoders, methods, rules
+    from mla_nb.core import datasets, discover, encoders, methods, rules
 
+    discover()  # or what a block imports is registered in its copy only
     monkeypatch.chdir(tmp_path)
     for code in blocks(file, "python"):
         for old, new in SMALLER:
