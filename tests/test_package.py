@@ -163,3 +163,20 @@ def test_what_is_pinned_installs_on_the_oldest_python_that_is_promised():
             f"{line} needs Python {needs}, and {oldest} is promised; run `make lock`"
         )
     assert seen > 100
+
+
+def test_lines_fit_the_web_site():
+    "At most 88 columns, but for the list of names that nbdev writes"
+    import ast
+
+    for path in sorted((ROOT / "mla_nb").rglob("*.py")):
+        if path.name == "_modidx.py":
+            continue
+        source = path.read_text()
+        listed = set()
+        for n in ast.parse(source).body:
+            names = getattr(n, "targets", [None])
+            if getattr(names[0], "id", "") == "__all__":
+                listed |= set(range(n.lineno, n.end_lineno + 1))
+        for k, line in enumerate(source.splitlines(), 1):
+            assert len(line) <= 88 or k in listed, f"{path.name}:{k}: {line}"
