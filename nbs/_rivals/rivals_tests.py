@@ -6,6 +6,7 @@ checkout's shared folder). Any folder of that layout must pass.
 
 import os
 from itertools import permutations
+from math import pi, sin
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,16 @@ from mla_nb.methods.coupling import (
     pmr,
     prototype_logits,
 )
-from mla_nb.methods.dropping import OPM, drop_rates
+from mla_nb.methods.dropping import (
+    OPM,
+    AMCo,
+    Valuation,
+    drop_rates,
+    dropout,
+    dropout_turn,
+    valuation,
+    valuations,
+)
 from mla_nb.methods.objectives import (
     CGGM,
     AuxHead,
@@ -1122,3 +1132,272 @@ def test_relearning_resets_encoders_and_nothing_else():
             m = name.split(".")[1]
             k = transform.strength.get(m, 0.0) if epoch == 2 else 0.0
             close(value, k * start[name] + (1 - k) * old[epoch][name])
+
+
+# dropping: dropout, AMCo, valuation ---------------------------------------------------
+T = "text"
+
+
+def toy(n, seed, mods=(A, V, T), missing=0.0):
+    "n rows of three classes, some without some modalities"
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(3, (n,), generator=g)
+    here = {m: torch.rand(n, generator=g) >= missing for m in mods}
+    here[mods[0]] = here[mods[0]] | ~torch.stack([*here.values()]).any(0)
+    x = {m: torch.randn(n, 4, generator=g).double() for m in mods}
+    return Batch(x, y, here, torch.arange(n))
+
+
+def toy_net(mods=(A, V, T)):
+    torch.manual_seed(0)
+    encs = {}
+    for k, m in enumerate(mods):
+        w = torch.randn(3 + k, 4).double()
+        encs[m] = Tanh(w, torch.zeros(3 + k).double())
+    return make_net(ConcatHead, encs, 3).double()
+
+
+def by_hand(net, b):
+    "(B,M,C) logits of each modality with its part of the bias, from the weights alone"
+    at, terms = 0, []
+    for e in net.encoders.values():
+        layer = e.net[0]
+        x = b.x[list(net.encoders)[len(terms)]]
+        z = (x @ layer.weight.T + layer.bias).tanh()
+        w = net.head.out.weight[:, at : at + z.shape[1]]
+        terms.append(z @ w.T + net.head.out.bias / len(net.encoders))
+        at += z.shape[1]
+    return torch.stack(terms, 1)
+
+
+def mean_ce(logits, y):
+    return (
+        -(logits.exp() / logits.exp().sum(1, keepdim=True))
+        .log()[torch.arange(len(y)), y]
+        .mean()
+    )
+
+
+def follow(net, step, lr):
+    "Plain SGD on a loss; gradients by name"
+    params = dict(net.named_parameters())
+    found = torch.autograd.grad(step(net), params.values(), allow_unused=True)
+    with torch.no_grad():
+        for p, g in zip(params.values(), found):
+            if g is not None:
+                p -= lr * g
+
+
+def same_net(a, b, eps=1e-9):
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        close(p, q, eps)
+
+
+class Turns(Callback):
+    "What each step was about"
+
+    order = 1
+
+    def __init__(self):
+        self.seen = []
+
+    def after_backward(self, learn, turn):
+        mask = getattr(learn.method.loss, "mask", None)
+        self.seen.append((learn.epoch, learn.step, turn.batch, mask))
+
+
+def test_dropout_patterns():
+    "Each pattern of flags comes as often as the formula says"
+    n, p = 20_000, 0.4
+    b = toy(n, 0)
+    torch.manual_seed(0)
+    [turn] = dropout_turn(p)(b)
+    assert turn.idx.equal(b.idx)
+    kept = torch.stack([turn.present[m] for m in b.x], 1)
+    for code in range(1, 8):
+        flags = torch.tensor([bool(code >> k & 1) for k in range(3)])
+        k = int(flags.sum())
+        chance = p ** (3 - k) * (1 - p) ** k + (p**3 if k == 3 else 0)
+        share = (kept == flags).all(1).double().mean()
+        assert abs(share - chance) < 4 * (chance * (1 - chance) / n) ** 0.5
+    [turn] = dropout_turn(0.9)(toy(200, 1, missing=0.5))  # what is absent stays absent
+    for m, here in toy(200, 1, missing=0.5).present.items():
+        assert not (turn.present[m] & ~here).any()
+
+
+def test_dropout_steps():
+    "Several steps are those of a head that adds the terms of what is kept"
+    batches = [toy(9, k, missing=0.2) for k in range(4)]
+    net, other, watch = toy_net(), toy_net(), Turns()
+    train(net, dropout(0.5), [batches] * 2, 0.1, callbacks=[watch])
+    assert len(watch.seen) == 8
+    for _, _, b, _ in watch.seen:
+        kept = torch.stack([b.present[m] for m in b.x], 1)[..., None]
+        assert kept.any(1).all() and not kept.all()
+
+        def loss(net, b=b, kept=kept):
+            absent = net.head.out.bias / 3
+            logits = torch.where(kept, by_hand(net, b), absent).sum(1)
+            return mean_ce(logits, b.y)
+
+        follow(other, loss, 0.1)
+    same_net(net, other)
+
+
+def amco_loss(net, b, mask):
+    "Cross-entropy of the sum of masked logits, and of each modality's"
+    here = torch.stack([b.present[m] for m in b.x], 1)
+    terms = by_hand(net, b)
+    masked = torch.where(here[..., None], terms * mask, net.head.out.bias / 3)
+    loss = mean_ce(masked.sum(1), b.y)
+    for k in range(3):
+        rows = here[:, k]
+        if rows.any():
+            own = mean_ce((terms[rows, k] * mask[k]), b.y[rows])
+            loss = loss + own * rows.double().mean()
+    return loss
+
+
+def test_amco_steps():
+    "Shares, masks and steps from the formulas; one gradient by finite differences"
+    batches = [toy(9, k, missing=0.2) for k in range(4)]
+    net, other, watch = toy_net(), toy_net(), Turns()
+    loss = AMCo(sigma=0.36, eps=0.3, start=0)
+    method = Method(ConcatHead, loss=loss, grad_transforms=[loss])
+    learn, _ = train(net, method, [batches] * 4, 0.1, callbacks=[watch])
+    sizes = set()
+    for epoch, k, b, found in watch.seen:
+        here = torch.stack([b.present[m] for m in b.x], 1)
+        raw = by_hand(other, b).exp() * here[..., None]
+        shares = (raw / raw.sum((1, 2), keepdim=True)).sum(2)
+        ahead = shares[here.sum(1) > 1].mean(0) > 0.36
+        n = int(sin(pi / 2 * min(1, k * epoch / 10 / 0.3)) * 3)
+        mask = torch.stack([found[m] for m in b.x])
+        assert ((mask == 0).sum(1) == torch.where(ahead, n, 0)).all()
+        sizes |= set((mask == 0).sum(1).tolist())
+        follow(other, lambda net, b=b, mask=mask: amco_loss(net, b, mask), 0.1)
+    same_net(net, other)
+    assert {0, 3} <= sizes and sizes & {1, 2}  # nothing, a part and everything
+    b, mask = watch.seen[-1][2:]
+    mask = torch.stack([mask[m] for m in b.x])
+    w = other.encoders[V].net[0].weight
+    [exact] = torch.autograd.grad(amco_loss(other, b, mask), [w])
+    with torch.no_grad():
+        w[0, 0] += 1e-6
+        up = amco_loss(other, b, mask)
+        w[0, 0] -= 2e-6
+        down = amco_loss(other, b, mask)
+    close((up - down) / 2e-6, exact[0, 0], 1e-6)
+
+
+def test_amco_without_masks_or_before_its_start():
+    b = toy(9, 0)
+    for loss, extra in ((AMCo(sigma=1.0, start=0), True), (AMCo(start=1), False)):
+        net, other = toy_net(), toy_net()
+        method = Method(ConcatHead, loss=loss, grad_transforms=[loss])
+        train(net, method, [[b]], 0.1)
+
+        def plain(net, extra=extra):
+            if extra:
+                return amco_loss(net, b, torch.ones(3, 3).double())
+            return mean_ce(by_hand(net, b).sum(1), b.y)
+
+        follow(other, plain, 0.1)
+        same_net(net, other)
+
+
+def test_valuations_are_means_over_orders():
+    "Shapley values by enumeration of the orders in which modalities arrive"
+    mods, n = (A, V, T), 60
+    b, g = toy(n, 0, missing=0.4), torch.Generator().manual_seed(1)
+    right = {}
+    for code in range(1, 8):
+        some = frozenset(m for k, m in enumerate(mods) if code >> k & 1)
+        right[some] = torch.rand(n, generator=g) < 0.5
+    found = valuations(right, b.present)
+
+    def worth(some, i):
+        has = sum(bool(b.present[m][i]) for m in some)
+        return has if some and right[frozenset(some)][i] else 0
+
+    for i in range(n):
+        for m in mods:
+            total = 0
+            for order in permutations(mods):
+                before = order[: order.index(m)]
+                total += worth((*before, m), i) - worth(before, i)
+            assert abs(float(found[m][i]) - total / 6) < 1e-12
+    has = sum(p.double() for p in b.present.values())
+    close(sum(found.values()), right[frozenset(mods)] * has)
+
+
+def test_valuation_copies_of_two_modalities():
+    "One copy at 0.5, two at 0, three at -0.5, none from 1 on, as public code has it"
+    a, v, both = torch.cartesian_prod(*[torch.tensor([False, True])] * 3).T
+    right = {frozenset([A]): a, frozenset([V]): v, frozenset([A, V]): both}
+    ones = torch.ones(8).bool()
+    for m, value in valuations(right, {A: ones, V: ones}).items():
+        alone, other = (a, v) if m == A else (v, a)
+        expected = (alone.double() + 2 * both.double() - other.double()) / 2
+        close(value, expected)
+        copies = {-0.5: 3, 0.0: 2, 0.5: 1, 1.0: 0, 1.5: 0}
+        wanted = torch.tensor([copies[float(p)] for p in expected])
+        assert (2 * (1 - value)).clamp(min=0).equal(wanted.double())
+
+
+class Values(Callback):
+    "The valuation of each epoch, and what it should be"
+
+    order = 1
+
+    def __init__(self, b):
+        self.b, self.pairs = b, []
+
+    def before_epoch(self, learn):
+        terms = by_hand(learn.net, self.b).detach()
+        here, bias = torch.stack([*self.b.present.values()], 1), learn.net.head.out.bias
+        mods, right = list(self.b.x), {}
+        for code in range(1, 8):
+            on = torch.tensor([bool(code >> k & 1) for k in range(3)])
+            use = (here & on)[..., None]
+            logits = torch.where(use, terms, bias / 3).sum(1)
+            some = frozenset(m for m, k in zip(mods, on) if k)
+            right[some] = logits.argmax(1) == self.b.y
+        value = valuations(right, self.b.present)
+        wanted = {
+            m: 2 * (1 - v).clamp(min=0) * self.b.present[m] for m, v in value.items()
+        }
+        self.pairs.append((learn.method.turns.copies, wanted))
+
+
+def test_valuation_steps():
+    "Each row once with what it has, and its copies with one modality, every epoch"
+    b, n = toy(24, 0, missing=0.3), 24
+    net, method = toy_net(), valuation(start=1)
+    values, watch = Values(b), Turns()
+    train(net, method, [[b]] * 4, 0.1, callbacks=[values, watch])
+    for epoch, (copies, wanted) in enumerate(values.pairs):
+        seen = [t for e, _, t, _ in watch.seen if e == epoch]
+        assert abs(max(map(len, seen)) - min(map(len, seen))) <= 1
+        idx = torch.cat([t.idx for t in seen])
+        flags = torch.stack([torch.cat([t.present[m] for t in seen]) for m in b.x], 1)
+        if epoch == 0:
+            assert not copies and idx.sort()[0].equal(torch.arange(n))
+            continue
+        whole = torch.stack([*b.present.values()], 1)
+        several = (whole.sum(1) > 1).nonzero()[:, 0].tolist()
+        for i in several:
+            mine = flags[idx == i]
+            assert int((mine == whole[i]).all(1).sum()) == 1
+            for k, m in enumerate(b.x):
+                close(copies[m], wanted[m])
+                count = int((mine[:, k] & (mine.sum(1) == 1)).sum())
+                assert abs(count - float(copies[m][i])) < 1
+        assert 1 <= len(seen) == -(-len(idx) // n)
+
+
+def test_valuation_goes_on_from_a_checkpoint():
+    first, second = Valuation(), Valuation()
+    first.copies = {A: torch.rand(5).double(), V: torch.rand(5).double()}
+    second.load_state_dict(first.state_dict())
+    assert all(second.copies[m].equal(n) for m, n in first.copies.items())
