@@ -8,7 +8,7 @@ __all__ = ['COLORS', 'modality_color', 'label_lines']
 # %% ../nbs/reference/02_plots.ipynb #c3plot00
 # Colors and labels of all figures.
 
-# %% ../nbs/46_tools.ipynb #7ef9f7f8
+# %% ../nbs/52_tools.ipynb #7ef9f7f8
 COLORS = {
     "audio": "#E69F00",
     "visual": "#0072B2",
@@ -24,7 +24,7 @@ def modality_color(name: str) -> str:
     "The color of a modality in every figure; gray for other names"
     return COLORS.get(name, "#999999")
 
-# %% ../nbs/46_tools.ipynb #5817619e
+# %% ../nbs/52_tools.ipynb #5817619e
 def label_lines(
     axis,  # with its limits set; lines whose label starts with "_" are left out
     gap: float = 11,  # least distance between two labels, points

@@ -125,7 +125,6 @@ def chapters():
 
 LATER = {  # module -> chapters ahead that its exported code may import, and why
     "mla_nb.features": ({"mla_nb.runs.run"}, "the encoders of a finished run"),
-    "mla_nb.cli": ({"mla_nb.reliability"}, "one of its subcommands is the doctor"),
 }
 REFERENCE = {f"mla_nb.{m}" for m in ("tools", "plots", "widgets")}  # the last chapter
 

@@ -8,7 +8,7 @@ __all__ = ['file_problem', 'encode_image', 'decode_image', 'decode_wave', 'load_
 # %% ../../nbs/reference/02_decode.ipynb #973ad24f
 import io  # noqa: F401
 
-# %% ../../nbs/17_prepared.ipynb #d8b7e177
+# %% ../../nbs/23_prepared.ipynb #d8b7e177
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 
 from ..core import InputError
 
-# %% ../../nbs/17_prepared.ipynb #e155b928
+# %% ../../nbs/23_prepared.ipynb #e155b928
 def file_problem(
     data: bytes,  # of a media file; its first kilobyte will do
     size: int | None = None,  # bytes of the whole file, if `data` is its beginning
@@ -71,7 +71,7 @@ def decode_image(
         ) from e
     return torch.from_numpy(x).permute(2, 0, 1)
 
-# %% ../../nbs/17_prepared.ipynb #2e432673
+# %% ../../nbs/23_prepared.ipynb #2e432673
 def decode_wave(
     data: bytes,  # of an audio file
     rate: int | None = None,  # Hz to resample to; None: as recorded
