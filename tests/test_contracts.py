@@ -52,6 +52,9 @@ def test_head(head):
         check_head(head, ("audio",))
 
 
+STAGES = {"g2d": 2, "reconboost": 4}  # epochs until every part has had its turn
+
+
 @pytest.mark.parametrize("name", sorted(NEED_TWO))
 def test_one_modality_cannot_be_joined(name):
     with pytest.raises(InputError, match="joins two or more modalities; there is only"):
@@ -71,7 +74,7 @@ def test_one_modality_cannot_be_joined(name):
 @pytest.mark.parametrize("name", sorted(methods))
 def test_method(name, mods):
     if len(mods) > 1 or name not in NEED_TWO:
-        check_method(methods[name], mods)
+        check_method(methods[name], mods, STAGES.get(name, 1))
 
 
 @pytest.mark.parametrize("rule", sorted(rules))
@@ -84,7 +87,7 @@ def test_method_with_any_rule(name, rule):
         return replace(methods[name](), rule=make_rule(rule))
 
     factory.__name__ = f"{name} with {rule}"
-    check_method(factory)
+    check_method(factory, epochs=STAGES.get(name, 1))
 
 
 def _items(kind, form):

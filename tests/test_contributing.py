@@ -85,12 +85,12 @@ def call(tmp_path):
 
 
 def test_adding_a_method_is_one_file(tmp_path, call):
-    (tmp_path / "mla_nb/methods/dropout.py").write_text(block("Add a method"))
+    (tmp_path / "mla_nb/methods/batch_dropout.py").write_text(block("Add a method"))
     assert call("tools/index.py").returncode == 0  # what `make export` does
-    assert "dropout" in call(*TRAIN, "--help").stdout
-    out = call(*TRAIN, "--method", "dropout", "--method_args", "p=.5", *TINY)
-    assert out.returncode == 0 and ", dropout(p=0.5) |" in out.stdout, out.stderr
-    assert "did you mean 'dropout'" in call(*TRAIN, "--method", "dropot", *TINY).stderr
+    assert "batch_dropout" in call(*TRAIN, "--help").stdout
+    out = call(*TRAIN, "--method", "batch_dropout", "--method_args", "p=.5", *TINY)
+    assert out.returncode == 0 and ", batch_dropout(p=0.5) |" in out.stdout, out.stderr
+    assert "did you mean 'batch_dropout'" in call(*TRAIN, "--method", "batch_dropot", *TINY).stderr
 
 
 def test_adding_an_encoder_is_one_file(tmp_path, call):

@@ -84,12 +84,33 @@ VARIANTS = {
     "qmf m3ae": {"branch": "m3ae"},
     "mla rank": {"rank": 40},
     "mla update_first": {"when": "update_first"},
-}
+    "agm features": {"form": "features"},
+    "amco early": {"start": 0, "sigma": 0.3},
+    "arl early": {"start": 0},
+    "arl released": {"start": 0, "form": "released"},
+    "cggm released": {"form": "released"},
+    "cml released": {"form": "released"},
+    "gblending often": {"every": 1, "form": "running"},
+    "inforeg early": {"window": 1, "least": -9.0},
+    "lfm learned": {"alpha": "learned", "lr": 0.1},
+    "mbsd released": {"form": "released"},
+    "mmpareto released": {"form": "released"},
+    "mses early": {"patience": 1},
+    "mslr fixed": {"rates": "audio=0.3,visual=2"},
+    "opm early": {"start": 0, "chance": 1.0},
+    "pmr paper": {"form": "paper"},
+    "relearning early": {"every": 1},
+    "valuation early": {"start": 0, "strength": 1.0},
+}  # what acts late or rarely acts at once
+
 METHODS = [*sorted(methods), *VARIANTS]  # every registered method, and some variants
 CORE = "concat", "ogm", "qmf", "ensemble", "mla"
 CASES = [
     (m, d) for m in METHODS for d in DATA if m in CORE or d in ("one_sided", "ragged")
 ]
+# weights that are divided by a small squared difference of losses; and the direction
+# of a distance that is nearly 0: here a prototype is the mean of one sample
+SENSITIVE = {"gblending often": 1e-4, "pmr": 2e-4, "pmr paper": 2e-4}
 MICRO = [(m, "missing") for m in METHODS]  # the same in micro-batches of three rows
 
 
@@ -324,6 +345,8 @@ def child(folder):
         for ready in (2**30, 0):
             dls = loaded(8, shuffle, ready)
             out[f"mla|{shuffle} {ready}"] = found(trained("mla", None, cpu(), dls=dls))
+    later = trained("reconboost", DATA["one_sided"](), cpu(), epochs=5)
+    out["reconboost|later"] = found(later)  # the third modality, which agrees
     twice = trained("mla", DATA["missing"](), cpu(), epochs=1).fit(2)
     out["mla|twice"] = found(twice)
     normed = trained("mla", DATA["missing"](), cpu(), norm=True)
@@ -473,6 +496,12 @@ def test_training_that_goes_on(two):
     equal(two(1, "mla|twice"), found(trained("mla", DATA["missing"]())))
 
 
+def test_a_modality_that_learns_alone_and_agrees_with_another(two):
+    one = alone("reconboost", DATA["one_sided"](), epochs=5)
+    for rank in (0, 1):
+        equal(two(rank, "reconboost|later"), one)
+
+
 def test_a_loss_that_breaks_down_stops_all_processes(two):
     a, b = (
         said.split("samples")[0] for said in two.said
@@ -569,7 +598,7 @@ def test_the_command_with_gaps_and_shares_of_everything(tmp_path):
 def test_a_turn_in_micro_batches_is_the_turn(name, data, rows):
     runtime = Runtime("cpu", micro_batch_size=rows)
     cut = found(trained(name, DATA[data](), runtime, [SameNoise()]))
-    equal(cut, alone(name, DATA[data]()), 2e-6)
+    equal(cut, alone(name, DATA[data]()), SENSITIVE.get(name, 2e-6))
 
 
 def test_micro_batches_step_once_per_turn_and_bound_what_is_encoded_at_once():
