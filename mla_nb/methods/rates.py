@@ -70,7 +70,7 @@ class AGM(GradTransform):
     def __init__(
         self,
         alpha: float = 1.0,  # how hard to modulate
-        form: str = "paper",  # absent: zeros as 'paper' inputs, or as 'features' (cheap)
+        form: str = "paper",  # absent is an input of zeros, or 'features' of zeros
     ):
         if not alpha >= 0:
             raise InputError(f"alpha={alpha!r}: must be a number of at least 0.")
@@ -184,7 +184,7 @@ def agm(
     alpha: float = 1.0,
     form: str = "paper",  # as in `AGM`
 ) -> Method:
-    "Joint training in which each modality's logits get a gradient of their own size (AGM, ICCV 2023)"
+    "Joint training whose terms get gradients of their own size (AGM, ICCV 2023)"
     loss = AGM(alpha, form)
     return Method(ConcatHead, loss=loss, grad_transforms=[loss], compares_rows=True)
 
@@ -258,7 +258,7 @@ def mslr(
     rates: str | dict | None = None,
     shrink: float = 0.5,  # as in `ModalityRates`
 ) -> Method:
-    "Joint training with a learning rate per modality (MSLR, Yao and Mihalcea, ACL Findings 2022)"
+    "Joint training with a rate per modality (MSLR, ACL Findings 2022)"
     return Method(ConcatHead, grad_transforms=[ModalityRates(rates, shrink)])
 
 # %% ../../nbs/15_rates.ipynb #c32883c1
@@ -307,5 +307,5 @@ class ModalityStop(GradTransform):
 def mses(
     patience: int = 3,  # as in `ModalityStop`
 ) -> Method:
-    "Joint training that stops each encoder by itself (MSES, Fujimori et al., ICASSP 2020)"
+    "Joint training that stops each encoder by itself (MSES, ICASSP 2020)"
     return Method(ConcatHead, grad_transforms=[ModalityStop(patience)])

@@ -40,7 +40,7 @@ class CosineHead(Head):
 # %% ../../nbs/19_teachers.ipynb #e8e9da30
 @methods
 def mmcosine() -> Method:
-    "Joint training in which no modality's features can be longer than another's (MMCosine, arXiv 2303.05338)"
+    "Joint training whose features have length 1 (MMCosine, arXiv 2303.05338)"
     return Method(CosineHead)
 
 # %% ../../nbs/19_teachers.ipynb #1bd9313b
@@ -77,12 +77,11 @@ class Teachers(GradTransform):
     @torch.no_grad()
     def answers(self, turn: Turn) -> tuple:
         "Features and logits of the teachers: two dicts, modality -> (B,…)"
-        if not len(turn.batch):
-            z = {m: torch.zeros_like(v) for m, v in turn.features.items()}
-        else:
+        z = {m: torch.zeros_like(v) for m, v in turn.features.items()}
+        if len(turn.batch):  # what no row here has stays zero
             runtime = turn.runtime
             features = runtime.features if runtime else type(self.net).features
-            z = features(self.net, turn.batch)
+            z |= features(self.net, turn.batch)
         return z, {m: self.net.head.unimodal_logits(m, v) for m, v in z.items()}
 
     def state_dict(self):
@@ -118,13 +117,13 @@ def umt(
     scale: float = 1.0,  # weight of the distance
     epochs: int | None = None,  # of the teachers; None: as many as the run has
 ) -> Method:
-    "Joint training whose features follow frozen unimodal teachers (UMT, arXiv 2305.01233)"
+    "Joint training whose features follow teachers (UMT, arXiv 2305.01233)"
     loss = UMT(scale, epochs)
     return Method(ConcatHead, loss=loss, grad_transforms=[loss])
 
 # %% ../../nbs/19_teachers.ipynb #be2ca3ea
 class G2D(Teachers):
-    "The loss of G2D: follow the teachers' answers and features; the leader's encoder pauses"
+    "The loss of G2D: follow the teachers; the leader's encoder pauses"
 
     def __init__(
         self,
