@@ -322,9 +322,11 @@ def table(
     from mla_nb.compare import table as table_of
 
     with warnings.catch_warnings(record=True) as said:
-        found = results(root)
-    for w in said:
-        print(f"mla table: {w.message}", file=sys.stderr)
+        try:
+            found = results(root)
+        finally:  # what was warned of is told before an error is
+            for w in said:
+                print(f"mla table: {w.message}", file=sys.stderr)
     if not found:
         raise InputError(
             f"no finished run below {root}; make one with mla train, "

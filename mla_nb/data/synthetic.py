@@ -52,7 +52,7 @@ def draw_states(
 def bayes_accuracy(
     tables,  # one (6,7) likelihood per modality
 ) -> float:  # between 1/6 and 1
-    "Accuracy of the best possible guess from these modalities together"
+    "Bayes accuracy of these modalities together"
     joint = np.full((BLANK, 1), 1 / BLANK)  # P(y)
     for t in tables:
         joint = (joint[:, :, None] * t[:, None]).reshape(BLANK, -1)  # P(y, s_1 … s_m)

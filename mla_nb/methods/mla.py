@@ -85,7 +85,7 @@ def compare(
         for name, learn in learned.items()
     }
     if s.bayes:
-        rows["*best possible*"] = {
+        rows["*Bayes accuracy*"] = {
             **{m: s.bayes[m,] for m in mods},
             "fused": s.bayes[tuple(mods)],
         }
