@@ -63,6 +63,7 @@ INDEX = {
         "mslr",
         "ogm",
         "ogm_ge",
+        "ogm_plus",
         "opm",
         "pmr",
         "qmf",

@@ -1,4 +1,4 @@
-"""The runs behind chapter 15: python results/missing.py [jobs]
+"""The runs behind chapter 21: python results/missing.py [jobs]
 
 Two questions on synthetic(preset=lazy): what do trained nets lose when test samples
 lose modalities (the same nets, nothing is trained again), and what if training samples
