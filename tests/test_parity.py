@@ -10,7 +10,7 @@ import json
 import os
 import re
 import zlib
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +35,7 @@ from mla_nb.methods.base import Callback, Method, Turn, fuse
 from mla_nb.methods.ensemble import alternating
 from mla_nb.methods.fusion import FixedWeights, entropy, entropy_rule, released_gate
 from mla_nb.methods.joint import FilmHead, GatedHead
+from mla_nb.methods.mla import mla_released
 from mla_nb.methods.ogm import OGM, modulation_coefficients, true_class
 from mla_nb.methods.projection import GradProjection
 from mla_nb.methods.qmf import QMFLoss, confidence
@@ -971,3 +972,48 @@ def test_zz_coverage(name, record_property):
         + (f"; not covered: {', '.join(missed)}" if missed else ""),
     )
     assert not missed, f"never read: {missed}"
+
+
+def weights_of_audio(drift):
+    "Before its turn, after it, and after the visual turn"
+    torch.manual_seed(0)
+    encs = {m: ModuleEncoder(nn.Linear(4, 3), 3) for m in ("audio", "visual")}
+    here = {m: torch.ones(6, dtype=torch.bool) for m in encs}
+    x = {m: torch.randn(6, 4) for m in encs}
+    b = Batch(x, torch.arange(6) % 3, here, torch.arange(6))
+    method = mla_released(drift=drift)
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
+    learn = Learner(
+        make_net(method.head, encs, 3),
+        Loaders([b], [b], [b], Shuffle(6)),
+        method,
+        sgd,
+    )
+    learn.epochs, learn.step = 1, 0
+    weight, path = encs["audio"].net.weight, []
+    for m in encs:
+        path.append(weight.detach().clone())
+        learn.one_turn(learn.make_turn(b.only([m])))
+    return [*path, weight.detach()]
+
+
+def test_idle_encoders_drift_as_with_zeroed_gradients():
+    "Gradients of zeros: an idle encoder goes on by momentum and weight decay"
+    _, own, after = weights_of_audio(False)
+    assert after.equal(own)
+    start, own, after = weights_of_audio(True)
+    by_hand = own + 0.9 * (own - start) - 0.1 * 0.01 * own
+    assert torch.allclose(after, by_hand, rtol=0, atol=1e-6)
+    assert (after - own).norm() > 0.8 * (own - start).norm()  # nearly as far again
+
+
+def test_the_gate_takes_the_rows_of_a_training_batch():
+    "However many rows are predicted at once, `rows` of them share a weight"
+    logits = torch.randn(2, 130, 6)
+    here = torch.rand(2, 130) < 0.8
+    ours = mla_released(rows=64).rule(logits, here)
+    parts = zip(logits.split(64, 1), here.split(64, 1))
+    theirs = torch.cat([released_gate(z, p) * p for z, p in parts], 1)
+    assert ours.equal(theirs)
+    fixed = mla_released("fixed").rule(logits, everyone(logits))
+    assert torch.allclose(fixed, torch.tensor([[0.55], [0.45]]).expand(2, 130))
