@@ -4,6 +4,7 @@ The arrays lie in the folder that MLA_RIVALS names (default: rivals beside the
 checkout's shared folder). Any folder of that layout must pass.
 """
 
+import copy
 import os
 from itertools import permutations
 from math import pi, sin
@@ -13,6 +14,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from torch import nn
+
+from mla_nb.core import Batch
+from mla_nb.encoders.base import ModuleEncoder
+from mla_nb.heads import ConcatHead, Head, SeparateHead, make_net
+from mla_nb.methods.base import Callback, Method, Turn
 from mla_nb.methods.coupling import (
     LFM,
     PMR,
@@ -35,6 +42,7 @@ from mla_nb.methods.dropping import (
     valuation,
     valuations,
 )
+from mla_nb.methods.ensemble import ensemble
 from mla_nb.methods.objectives import (
     CGGM,
     AuxHead,
@@ -58,12 +66,15 @@ from mla_nb.methods.restarts import (
     reset_strength,
     scaled,
 )
-from torch import nn
-
-from mla_nb.core import Batch
-from mla_nb.encoders.base import ModuleEncoder
-from mla_nb.heads import ConcatHead, Head, SeparateHead, make_net
-from mla_nb.methods.base import Callback, Method, Turn
+from mla_nb.methods.teachers import (
+    CosineHead,
+    Teachers,
+    distances,
+    g2d,
+    mmcosine,
+    present_mean,
+    umt,
+)
 from mla_nb.train.learner import Learner, Loaders, Shuffle
 
 RIVALS = Path(os.environ.get("MLA_RIVALS", ROOT.parent / "shared" / "rivals"))
@@ -1401,3 +1412,206 @@ def test_valuation_goes_on_from_a_checkpoint():
     first.copies = {A: torch.rand(5).double(), V: torch.rand(5).double()}
     second.load_state_dict(first.state_dict())
     assert all(second.copies[m].equal(n) for m, n in first.copies.items())
+
+
+# teachers: MMCosine, UMT, G2D ---------------------------------------------------------
+class Until(Callback):
+    "Ends a run after some epochs, as a kill does"
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def after_epoch(self, learn):
+        learn.stop = learn.epoch + 1 >= self.epochs
+
+
+class Started(Callback):
+    "Note the net with which the teachers begin"
+
+    def __init__(self, teachers):
+        self.teachers, self.train = teachers, teachers.train
+        teachers.train = self.noted
+
+    def noted(self, learn):
+        self.net = copy.deepcopy(self.teachers.net)
+        self.train(learn)
+
+
+def taught(method, callbacks=(), missing=0.0):
+    "A learner on the same three batches every epoch"
+    batches = [toy(9, k, missing=missing) for k in range(3)]
+    dls = Loaders(batches, batches, batches, InOrder(27))
+    net = make_net(method.head, dict(toy_net().encoders), 3)
+    opt = lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)  # noqa: E731
+    torch.manual_seed(3)  # of the teachers' heads
+    return Learner(net, dls, method, opt, callbacks)
+
+
+@pytest.fixture
+def in_float64():
+    "New layers are made in float64: the teachers' heads, too"
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def same_state(a, b):
+    assert a.keys() == b.keys()
+    assert all(v.equal(b[k]) for k, v in a.items())
+
+
+def test_mmcosine_steps(in_float64):
+    "Several steps are those of cosines made of sums and products"
+    learn = taught(mmcosine(), missing=0.3)
+    learn.opt = torch.optim.SGD(learn.net.parameters(), 0.05)
+    other = copy.deepcopy(learn.net)
+
+    def loss(net, b):
+        logits = 0
+        for m, e in net.encoders.items():
+            z = (b.x[m] @ e.net[0].weight.T + e.net[0].bias).tanh()
+            w = net.head.out[m].weight
+            size = (z * z).sum(1, keepdim=True).sqrt() * (w * w).sum(1).sqrt()
+            logits = logits + 15 * (z @ w.T) / size * b.present[m][:, None]
+        return mean_ce(logits, b.y)
+
+    learn.fit(2)
+    for b in learn.dls.train * 2:
+        follow(other, lambda net, b=b: loss(net, b), 0.05)
+    same_net(learn.net, other)
+    assert isinstance(learn.net.head, CosineHead)
+
+
+def test_teachers_are_an_ensemble_and_stay_frozen(in_float64):
+    method = umt(epochs=2)
+    started = Started(method.loss)
+    learn = taught(method, missing=0.3).fit(1)
+    other = Learner(started.net, learn.dls, ensemble(), learn.opt_func).fit(2)
+    same_state(other.net.state_dict(), method.loss.net.state_dict())
+    learn.fit(3)
+    same_state(other.net.state_dict(), method.loss.net.state_dict())
+    assert not any(p.requires_grad for p in method.loss.net.parameters())
+
+
+@pytest.mark.parametrize("factory", [umt, g2d])
+def test_teachers_resume(factory, in_float64):
+    "A run that goes on from a checkpoint ends where an undisturbed one does"
+    whole = taught(factory(), missing=0.3).fit(4)
+    first = taught(factory(), [Until(2)], missing=0.3).fit(4)
+    assert first.epoch == 2
+    second = taught(factory(), missing=0.3)
+    loss, second.epoch = second.method.loss, first.epoch
+    second.net.load_state_dict(first.net.state_dict())
+    second.opt.load_state_dict(first.opt.state_dict())
+    loss.load_state_dict(copy.deepcopy(first.method.loss.state_dict()))
+    loss.train = None  # teachers from a checkpoint are not trained
+    second.fit(4)
+    for other in (first, whole):
+        same_state(other.method.loss.net.state_dict(), loss.net.state_dict())
+    same_net(whole.net, second.net, 0)
+
+
+def test_umt_ignores_absent_rows(in_float64):
+    "With half of the inputs missing, absent rows add nothing to the distance"
+    b = toy(40, 0, missing=0.5)
+    net, teachers = toy_net(), umt(scale=3.0).loss
+    torch.manual_seed(5)
+    teachers.net = make_net(SeparateHead, dict(copy.deepcopy(net.encoders)), 3)
+    for p in teachers.net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    z = net.features(b)
+    total = 0
+    for m, v in z.items():
+        layer = teachers.net.encoders[m].net[0]
+        goal = (b.x[m] @ layer.weight.T + layer.bias).tanh()
+        gap = ((v - goal) ** 2).mean(1)
+        total = total + sum(gap[i] for i in range(40) if b.present[m][i]) / 40
+    known, _ = teachers.answers(Turn(b, net, features=z))
+    close(present_mean(distances(z, known), b), total)
+    ce = nn.functional.cross_entropy(net.combine(z, b), b.y)
+    close(teachers(Turn(b, net, features=z)), ce + 3 * total)
+    [g] = torch.autograd.grad(present_mean(distances(z, known), b), [z[V]])
+    assert not g[~b.present[V]].any() and g[b.present[V]].any()
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_g2d_loss_and_pauses(form, in_float64):
+    "Losses, scores and pauses by hand, over several steps"
+    loss = g2d(tau=2.0, feature=0.5, pause=2, form=form).loss
+    method = Method(ConcatHead, loss=loss, grad_transforms=[loss])
+    learn, at = taught(method, missing=0.3), []
+    learn.opt = torch.optim.SGD(learn.net.parameters(), 0.05)
+    other = copy.deepcopy(learn.net)
+    learn.fit(4)
+
+    def by_formula(net, b):
+        z = net.features(b)
+        joint = net.combine(z, b)
+        value = mean_ce(joint, b.y)
+        for m, e in loss.net.encoders.items():
+            goal = (b.x[m] @ e.net[0].weight.T + e.net[0].bias).tanh()
+            q = (loss.net.head.out[m](goal) / 2).softmax(1)
+            p = (joint / 2).softmax(1)
+            row = 4 * (q * (q / p).log()).sum(1)
+            row = row + 0.5 * (z[m] - goal).square().mean(1)
+            value = value + row[b.present[m]].sum() / len(b)
+        return value
+
+    def sure(m, b):
+        e = loss.net.encoders[m].net[0]
+        goal = (b.x[m] @ e.weight.T + e.bias).tanh()
+        p = loss.net.head.out[m](goal).softmax(1)[torch.arange(len(b)), b.y]
+        return p[b.present[m]].mean()
+
+    for epoch in range(4):
+        for b in learn.dls.train:
+            order = sorted(b.x, key=lambda m: sure(m, b))
+            stage = order[epoch : epoch + 1] if epoch < 2 else order
+            active = stage if form == "paper" else order  # no weight has 4 dimensions
+            at.append(tuple(active))
+            kept = {k: p.detach().clone() for k, p in other.named_parameters()}
+            follow(other, lambda net, b=b: by_formula(net, b), 0.05)
+            for m, e in other.encoders.items():
+                for k, p in e.named_parameters():
+                    if m not in active:
+                        p.data.copy_(kept[f"encoders.{m}.{k}"])
+    same_net(learn.net, other)
+    assert len(set(at)) > 1 or form == "released"
+
+
+def test_g2d_released_pauses_weights_of_four_dimensions():
+    "Of the best teacher's encoder, and of no other"
+
+    class Conv(ModuleEncoder):
+        def __init__(self):
+            layers = nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(2, 3)
+            super().__init__(nn.Sequential(*layers), 3)
+
+        def forward(self, x):
+            return super().forward(x.view(-1, 1, 2, 2))
+
+    torch.manual_seed(0)
+    loss = g2d(pause=1, form="released").loss
+    net = make_net(ConcatHead, {m: Conv() for m in (A, V)}, 3)
+    loss.scores = lambda turn: {A: torch.tensor(0.9), V: torch.tensor(0.2)}
+    learn = Learner(net, Loaders([], [], [], InOrder(0)), Method(ConcatHead))
+    learn.epochs = 2
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    b = toy(4, 0, mods=(A, V))
+    loss.after_backward(learn, Turn(b, net))
+    zero = {k for k, p in net.named_parameters() if not p.grad.any()}
+    assert zero == {"encoders.audio.net.0.weight"}
+
+
+def test_answers_are_computed_once_per_turn(in_float64):
+    "One forward pass of the teachers for each step, also where gradients need it"
+    learn, passes = taught(g2d(pause=9), missing=0.3), []
+    learn.fit(1)
+    learn.method.loss.net.encoders[A].register_forward_hook(
+        lambda *found: passes.append(1)
+    )
+    learn.fit(3)
+    assert len(passes) == 2 * len(learn.dls.train)
+    assert isinstance(learn.method.loss, Teachers)
+    assert learn.method.loss.found is None
