@@ -13,11 +13,11 @@ over passes   the same step over its bare passes: every forward and backward pas
 
 The passes are counted by hooks in one step, and taken again with the same inputs. The
 three closures take turns in a random order, so that a drifting machine favors none;
-printed are medians. What a method does between epochs (teachers, k-means, a pass over the
-training set) is not in its step; the chapters name it.
+printed are medians. What a method does between epochs (teachers, k-means, a pass over
+the training set) is not in its step; the chapters name it.
 
-`--small` times the embedded dataset's shapes and encoders instead, where the loop around
-the passes weighs more.
+`--small` times the embedded dataset's shapes and encoders instead, where the loop
+around the passes weighs more.
 """
 
 import argparse
@@ -192,9 +192,10 @@ def main(rounds, only, small, rows, size, frames):
     names = [n for n in methods if n in only or not only]
     joint = stepper("concat", make, classes, b)[0]
     rows = [timed(n, joint, stepper(n, make, classes, b), rounds) for n in names]
+    where = "small shapes" if small else f"{frames} frames of {size}²"
     print(
         f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{rounds} rounds, {'small shapes' if small else f'{frames} frames of {size}²'}\n"
+        f"{rounds} rounds, {where}\n"
         "\n"
         "| method | forward | backward | steps | ms per step | over concat | "
         "over passes |\n"

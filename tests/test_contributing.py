@@ -90,7 +90,8 @@ def test_adding_a_method_is_one_file(tmp_path, call):
     assert "batch_dropout" in call(*TRAIN, "--help").stdout
     out = call(*TRAIN, "--method", "batch_dropout", "--method_args", "p=.5", *TINY)
     assert out.returncode == 0 and ", batch_dropout(p=0.5) |" in out.stdout, out.stderr
-    assert "did you mean 'batch_dropout'" in call(*TRAIN, "--method", "batch_dropot", *TINY).stderr
+    said = call(*TRAIN, "--method", "batch_dropot", *TINY).stderr
+    assert "did you mean 'batch_dropout'" in said
 
 
 def test_adding_an_encoder_is_one_file(tmp_path, call):
