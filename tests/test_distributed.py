@@ -97,7 +97,7 @@ VARIANTS = {
     "mmpareto released": {"form": "released"},
     "mses early": {"patience": 1},
     "mslr fixed": {"rates": "audio=0.3,visual=2"},
-    "mslr often": {"window": 1},
+    "mslr often": {"window": 2},
     "opm early": {"start": 0, "chance": 1.0},
     "pmr paper": {"form": "paper"},
     "relearning early": {"every": 1},
