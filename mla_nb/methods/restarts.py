@@ -175,7 +175,7 @@ def move_back(
 
 # %% ../../nbs/20_restarts.ipynb #0f9ef7b6
 class Relearning(Callback):
-    "Move encoders back towards their initial weights, by how much they memorized"
+    "Move encoders back toward their initial weights, by how much they memorized"
 
     def __init__(
         self,
