@@ -37,6 +37,11 @@ def plain(n):
     return n.lstrip("0") or "0"
 
 
+def sections():
+    "Numbers of all sections: 0.1, 0.2, ..."
+    return {h for p in CHAPTERS for h in re.findall(r"^## (\d+\.\d+) ", whole(p), re.M)}
+
+
 def test_numbers_have_no_gaps_and_no_letters():
     "The order of the files is the order of reading"
     found = [number(p) for p in CHAPTERS]
@@ -67,13 +72,28 @@ def test_references_lead_somewhere(path):
     for m in re.finditer(several, text):
         for n in [m[1], *re.findall(r"\d+", m[2])]:
             assert plain(n) in known, f"{path.name}: {m[0]!r}: there is no chapter {n}"
-    headings = {
-        h for p in CHAPTERS for h in re.findall(r"^## (\d+\.\d+) ", whole(p), re.M)
-    }
+    headings = sections()
     for m in re.finditer(r"\b[Ss]ections? (\d+\.\d+)", text):
         near = text[max(0, m.start() - 60) : m.end() + 30]
         outside = "arXiv" in near or "paper" in near
         assert m[1] in headings or outside, f"{path.name}: there is no section {m[1]}"
+
+
+def test_teaching_refers_to_sections_that_exist():
+    "Every N.M is a section, but for code, formulas and numbers with a unit"
+    text = (ROOT / "teaching.md").read_text()
+    text = re.sub(r"```.*?```|`[^`\n]*`|\$[^$\n]*\$", "", text, flags=re.S)
+    found = re.findall(r"\b(\d+\.\d+)\b(?!%| points| MiB)", text)
+    assert len(found) > 50
+    lost = sorted(set(found) - sections())
+    assert not lost, f"teaching.md: there is no section {', '.join(lost)}"
+    known = {plain(number(p)) for p in CHAPTERS}
+    named = re.findall(r"\b[Cc]hapters? (\d+)((?:(?:, | and | to )\d+)*)", text)
+    named = [
+        plain(n) for first, more in named for n in [first, *re.findall(r"\d+", more)]
+    ]
+    lost = [n for n in named if n not in known]
+    assert named and not lost, f"teaching.md: there is no chapter {', '.join(lost)}"
 
 
 def test_sections_are_numbered_in_order():
