@@ -4,6 +4,7 @@ No warning, no link that leads nowhere.
 """
 
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -44,6 +45,21 @@ def test_every_chapter_and_module_has_a_page_and_links_resolve(site, tool):
         if p.name[0] != "_"
     } <= pages
     assert tool.broken(site) == []
+
+
+def test_the_parts_are_those_of_the_readme(tool):
+    "The contents divide the book as README's table does, and name every chapter"
+    rows = re.findall(
+        r"^\| ([IV]+)\. ([^|]+) \|[^|]*?\[(\d\d)[^|]*?(?:\[(\d\d)[^|]*)?\|",
+        (ROOT / "README.md").read_text(),
+        re.M,
+    )
+    told = {f"{n}. {name}": (int(a), int(z or a)) for n, name, a, z in rows}
+    ours = {name: (min(r), max(r)) for name, r in tool.PARTS if name != "Reference"}
+    assert ours == told and len(told) == 5
+    named = [n for _, r in tool.PARTS for n in r]
+    assert named == sorted(int(n) for n in tool.chapters())
+    assert all(p.parent.name == "nbs" for p in tool.chapters().values())
 
 
 def test_a_broken_link_is_found(tmp_path, tool):
