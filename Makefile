@@ -117,7 +117,7 @@ format: $(READY) ## lay everything out again: ruff format, sorted imports
 
 test: $(READY) lint ## lint, every test, every chapter, README in step
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
-	ls nbs/[0-9]*.ipynb | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -I NB $(BIN)/nbdev_test --n_workers 0 --path NB      # each in a process of its own: chapters register what they define
+	OMP_NUM_THREADS=1 $(BIN)/python tools/nbs.py test -j$(WORKERS)
 	$(BIN)/python tools/nbs.py readme --check
 
 soak: $(READY) ## kills, damaged bytes, full disks, odd input, for minutes: the table in results/faults.md

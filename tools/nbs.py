@@ -3,6 +3,7 @@
 nbs.py run 10 [11 …]      execute chapters in place and store them clean
 nbs.py solutions [10 …]   run the exercises' solutions after their chapters, and say
                           what fails or prints something else than it says there
+nbs.py test [-jN] [10 …]  run chapters with nbdev's tests, N at a time
 nbs.py papermill …        papermill, with the same arguments; what its kernel says is
                           encrypted
 nbs.py readme [--check]   write README.md from nbs/index.ipynb, or say whether it is up
@@ -77,6 +78,36 @@ def run(names):
         nbformat.write(nb, path)
         print(f"{path.name}: {time.time() - t:.0f} s", flush=True)
     clean()
+
+
+def tested(path):
+    "Run a chapter as nbdev_test does"
+    from nbdev.test import test_nb
+
+    good, seconds = test_nb(path, basepath=ROOT)
+    return path.name, good, seconds
+
+
+def test(names, jobs):
+    """Every chapter in a process of its own, since chapters register what they define.
+
+    Processes are forked from this one, which has imported what all chapters need.
+    """
+    import multiprocessing
+    from importlib import import_module
+
+    for package in ("torch", "matplotlib.pyplot", "nbdev.test"):
+        import_module(package)
+    paths = [*map(chapter, names)] or sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
+        found = []
+        for name, good, seconds in pool.imap_unordered(tested, paths, chunksize=1):
+            print(f"{name}: {seconds:.0f} s{'' if good else ', FAILED'}", flush=True)
+            found.append((name, good, seconds))
+    mean = sum(seconds for *_, seconds in found) / len(found)
+    print(f"{len(found)} chapters, {mean:.0f} s on average")
+    if bad := [name for name, good, _ in found if not good]:
+        sys.exit(f"failed: {', '.join(sorted(bad))}")
 
 
 def printed(cell):
@@ -314,6 +345,10 @@ if __name__ == "__main__":
             run(names)
         case ["publish", url]:
             publish(url)
+        case ["test", jobs, *names] if re.fullmatch(r"-j\d+", jobs):
+            test(names, int(jobs[2:]))
+        case ["test", *names]:
+            test(names, 1)
         case ["solutions", *names]:
             solutions(names)
         case ["papermill", *args]:

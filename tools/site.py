@@ -46,8 +46,7 @@ def settings():
 def chapters():
     "Number -> path of every chapter"
     return {
-        p.name.split("_")[0]: p
-        for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+        p.name.split("_")[0]: p for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
     }
 
 
