@@ -83,7 +83,12 @@ class Registry(dict):
 
     def __call__(self, factory, name: str = ""):
         "File a factory under its own name or another; returns the factory"
-        self[name or factory.__name__] = factory
+        name = name or factory.__name__
+        modules = {self.get(name, factory).__module__, factory.__module__}
+        if len(modules) > 1 and "__main__" not in modules:  # a cell may run again
+            where = " and ".join(sorted(modules))
+            raise InputError(f"two {self.kind}s are called {name!r}, in {where}.")
+        self[name] = factory
         return factory
 
     def named(self, name: str):
@@ -148,9 +153,10 @@ def call(
     "Call a factory; unknown options and values of the wrong kind are refused"
     params = inspect.signature(factory).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in params.values()):
+        allowed = [k for k in params if k not in context]
         for k in options:
-            if k not in params:
-                raise unknown(f"option of {factory.__name__}", k, params)
+            if k not in allowed:
+                raise unknown(f"option of {factory.__name__}", k, allowed)
     given = {
         k: validate_option(k, v, params[k].annotation) if k in params else v
         for k, v in options.items()

@@ -19,7 +19,8 @@ from mla_nb.core import (
 )
 from mla_nb.data.synthetic import PRESETS, faces, sentences, synthetic, voices
 from mla_nb.encoders.base import Encoder, Preprocessor, check_encoder
-from mla_nb.heads import Head, check_head
+from mla_nb.heads import ConcatHead, Head, check_head
+from mla_nb.methods.base import GradTransform, Method
 from mla_nb.methods.fusion import check_rule, make_rule
 from mla_nb.methods.joint import Conditioned
 from mla_nb.methods.projection import check_projection
@@ -223,3 +224,74 @@ def test_registries_hold_factories():
     for r in (encoders, datasets, methods):
         for name, f in r.items():
             assert callable(f) and f.__doc__, f"{r.kind} {name} has no docstring"
+
+
+def test_a_name_that_is_taken_is_refused():
+    "Two modules may not register one name; a cell of a notebook may run again"
+    from mla_nb.tools import Registry
+
+    names = Registry("method")
+
+    def mine():
+        "A factory"
+
+    mine.__module__ = "one"
+    names(mine)
+    names(mine)
+
+    def other():
+        "Another one"
+
+    other.__module__ = "two"
+    with pytest.raises(InputError, match="two methods are called 'mine', in one and"):
+        names(other, "mine")
+    other.__module__ = "__main__"
+    assert names(other, "mine") is names["mine"]
+
+
+def test_what_the_package_passes_on_is_no_option():
+    from mla_nb.core import call
+
+    def factory(mod, items=None, bins: int = 3):
+        return bins
+
+    assert call(factory, {"bins": 5}, mod=1, items=2) == 5
+    with pytest.raises(InputError, match=r"unknown option of factory 'items'.*bins"):
+        call(factory, {"items": 8}, mod=1, items=2)
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: Method(ConcatHead({"a": 2}, 3)), "the class of a head"),
+        (lambda: Method(ConcatHead, grad_transforms=[GradTransform]), "is a list of"),
+    ],
+)
+def test_a_method_that_is_put_together_wrongly(make, says):
+    with pytest.raises(InputError, match=says):
+        make()
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_found():
+    import numpy as np
+
+    class Forgetful(GradTransform):
+        def state_dict(self):
+            return {"n": np.float64(3.0)}
+
+    def forgetful():
+        return Method(ConcatHead, grad_transforms=[Forgetful()])
+
+    with pytest.raises(AssertionError, match=r"Forgetful.state_dict\(\) may hold only"):
+        check_method(forgetful)
+
+
+def test_a_preprocessor_keeps_its_arguments():
+    from mla_nb.encoders.base import Preprocessor
+
+    class Lost(Preprocessor):
+        def __init__(self, bins: int = 3):
+            super().__init__()
+
+    with pytest.raises(InputError, match="Lost takes 'bins' and keeps no attribute"):
+        Lost().config()

@@ -63,7 +63,10 @@ def test_a_run_that_died_goes_on_to_the_same_bits(case, tmp_path):
         run(cut)
     done = len(read_history(cut.folder))
     assert done == 1 and (cut.folder / "last.pt").exists()
-    assert run(cut)["test"] == expected["test"]
+    assert run(cut)["test"] == expected["test"], (
+        f"{case}: the resumed run differs; does every transform return all that it "
+        "remembers in state_dict, and take it back in load_state_dict?"
+    )
     a, b = (load_file(c.folder / "model.safetensors") for c in (whole, cut))
     assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
     a, b = (torch.load(c.folder / "last.pt", weights_only=True) for c in (whole, cut))

@@ -14,7 +14,7 @@ import inspect
 import torch
 from torch import nn
 
-from ..core import select_rows, stack
+from ..core import InputError, select_rows, stack
 
 # %% ../../nbs/03_audio.ipynb #84acc1d7
 class Preprocessor(nn.Module):
@@ -62,6 +62,9 @@ class Preprocessor(nn.Module):
     def config(self) -> dict:
         "The arguments that build this preprocessor again, as JSON can hold them"
         names = inspect.signature(type(self)).parameters
+        if lost := [k for k in names if not hasattr(self, k)]:
+            kind = type(self).__name__
+            raise InputError(f"{kind} takes {lost[0]!r} and keeps no attribute of it.")
         values = {k: getattr(self, k) for k in names}
         return {
             k: v.tolist() if isinstance(v, torch.Tensor) else v
@@ -112,6 +115,7 @@ def check_encoder(
     items,  # at least two raw items of its modality
 ):
     "Contract of an encoder: (B, num_features), finite, also for a batch of one"
+    enc.preprocessor.config()  # what a run stores of it
     x = enc.preprocessor.inputs(items)
     name, width = type(enc).__name__, enc.num_features
     assert isinstance(width, int), f"{name} has no number num_features"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch.nn.functional as F
 
-from ..core import Batch, methods, select_rows, to_device
+from ..core import Batch, InputError, methods, select_rows, to_device
 from ..heads import ConcatHead, Head, Net, SeparateHead, SumHead
 
 # %% ../../nbs/07_learner.ipynb #69a3763e
@@ -185,6 +185,12 @@ class Method:
     modalities: Sequence | None = None  # which ones to train; None: all
     # does the loss compare rows? Then it gathers them, and is the same on all processes
     compares_rows: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.head, Head):
+            raise InputError("Method takes the class of a head, not a head.")
+        if not all(isinstance(t, Callback) for t in list(self.grad_transforms)):
+            raise InputError("grad_transforms is a list of GradTransform objects.")
 
 
 @methods

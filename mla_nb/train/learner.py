@@ -9,6 +9,7 @@ __all__ = ['sgd', 'Shuffle', 'Loaders', 'plain_loaders', 'accumulate_gradients',
 
 # %% ../../nbs/07_learner.ipynb #2b4b5522
 import copy
+import io
 import math
 import re
 import time
@@ -606,7 +607,21 @@ def check_method(
         k for k, v in net.named_parameters() if v.requires_grad and v.equal(before[k])
     ]
     assert not still, f"{factory.__name__} never moved {still}"
+    _check_states(method, factory.__name__)
     _check_gaps(net, method, b, factory.__name__)
+
+
+def _check_states(method, name):
+    "A checkpoint can hold what transforms remember"
+    for t in method.grad_transforms:
+        buffer, about = io.BytesIO(), f"{name}: {type(t).__name__}.state_dict()"
+        try:
+            torch.save(t.state_dict(), buffer)
+            buffer.seek(0)
+            torch.load(buffer, weights_only=True)
+        except Exception as error:
+            what = "tensors, numbers, text, lists and dicts"
+            raise AssertionError(f"{about} may hold only {what}.") from error
 
 
 def _check_gaps(net, method, b, name):
