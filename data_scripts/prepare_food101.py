@@ -3,6 +3,7 @@ images/{train,test}/ and texts/.
 
     python data_scripts/prepare_food101.py --root food-101
     python data_scripts/prepare_food101.py --root food-101 --split a.jsonl b.jsonl
+    python data_scripts/prepare_food101.py --root food-101 --split train.txt test.txt
     python data_scripts/prepare_food101.py --root food-101 --incomplete skip
     python data_scripts/prepare_food101.py --miniature
 

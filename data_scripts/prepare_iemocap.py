@@ -2,6 +2,7 @@
 
     python data_scripts/prepare_iemocap.py --root IEMOCAP_full_release
     python data_scripts/prepare_iemocap.py --root IEMOCAP_full_release --split session=5
+    python data_scripts/prepare_iemocap.py --root IEMOCAP --split TRAIN TEST
     python data_scripts/prepare_iemocap.py --root IEMOCAP_full_release --faces whole
     python data_scripts/prepare_iemocap.py --miniature
 

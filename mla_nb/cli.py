@@ -130,6 +130,8 @@ def summary(
     "Test accuracy of one result in %, per modality and fused"
     what, found = r["run"], r["test"]["accuracy"]
     data = with_args(what["dataset"], what["dataset_args"])
+    if r.get("split"):
+        data += f", split {r['split']}"
     head = f"{data}, {with_args(what['method'], what['method_args'])}"
 
     def row(first, values):

@@ -62,15 +62,20 @@ def _what(r) -> dict:
 
 def _variant(r) -> str:
     "What a row of the table stands for: everything but the seed"
-    return json.dumps(
-        {k: v for k, v in _what(r).items() if k != "seed"}, sort_keys=True
-    )
+    what = {k: v for k, v in _what(r).items() if k != "seed"}
+    return json.dumps({**what, "split": r.get("split")}, sort_keys=True)
 
 # %% ../nbs/44_compare.ipynb #3631d9b4
 def _base(what) -> dict:
     "What a run on this dataset is when nothing else is said"
     known = what["dataset"] in datasets
     return Run(dataset=what["dataset"]).what if known else Run().what
+
+
+def _split_text(r) -> str:
+    "What a table adds to the name of the dataset: its split, unless the options say it"
+    told = "split" in r["run"].get("dataset_args", ()) or not r.get("split")
+    return "" if told else f", split {r['split']}"
 
 
 def _named(what) -> tuple:
@@ -107,6 +112,7 @@ def table(
     )
     for rows in (list(g.values()) for g in groups.values()):
         data, name = _named(_what(rows[0]))
+        data += _split_text(rows[0])
         each = [[r["test"]["accuracy"].get(m) for r in rows] for m in mods]
         lines.append(_row(data, name, len(rows), map(_mean_sd, each)))
         if len(rows[0]["bayes"] or ()) > len(bounds.get(data, ())):
@@ -309,7 +315,8 @@ def facts(
         k: ", ".join(f"{a}={b}" for a, b in v.items()) if isinstance(v, dict) else v
         for k, v in about["run"].items()
     }
-    out |= {k: r[k] for k in ("best_epoch", "seconds", "params") if k in r}
+    told = ("split", "best_epoch", "seconds", "params")
+    out |= {k: r[k] for k in told if r.get(k) is not None}
     return {
         k: round(v, 4) if isinstance(v, float) else v
         for k, v in (

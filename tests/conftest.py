@@ -160,6 +160,19 @@ def real_archive():
 
 
 @pytest.fixture(scope="session")
+def real_lists():
+    "Paths of real split lists by their names, where they are at hand"
+
+    def find(*names):
+        files = [SHARED / "data/splits" / n for n in names]
+        if not all(f.exists() for f in files):
+            pytest.skip("the real split lists are not here")
+        return files
+
+    return find
+
+
+@pytest.fixture(scope="session")
 def tones(tmp_path_factory):
     "A made archive in the layout of the real one"
     from mla_nb.data.digits import miniature

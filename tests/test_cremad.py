@@ -10,17 +10,20 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import ROOT, SHARED, killed_at_the_second_shard, script
+from conftest import ROOT, killed_at_the_second_shard, script
 
+from mla_nb.compare import table
 from mla_nb.core import InputError, check_dataset, datasets
 from mla_nb.data.cremad import (
     LABELS,
+    audit,
+    clip_traits,
     cremad_rows,
     cremad_splits,
     parse_clip,
     prepare_cremad,
 )
-from mla_nb.data.media import read_split
+from mla_nb.data.media import read_split, split_name
 from mla_nb.data.miniature import miniature
 from mla_nb.runs.run import Run, run
 
@@ -43,29 +46,25 @@ def cli(*args, ok=True):
     return p.stdout + p.stderr
 
 
-@pytest.fixture(scope="session")
-def published():
-    files = [SHARED / f"data/splits/cremad_ogm_{k}.csv" for k in ("train", "test")]
-    if not all(f.exists() for f in files):
-        pytest.skip("the published lists are not here")
-    return files
+LISTS = {
+    "ogm": ("cremad_ogm_train.csv", "cremad_ogm_test.csv"),
+    "mla": ("cremad_mla_train.txt", "cremad_mla_test.txt"),
+}
 
 
-def test_the_published_lists_parse_and_split_as_published(published):
-    lists = dict(zip(("train", "test"), map(read_split, published)))
+@pytest.mark.parametrize("name", LISTS)
+def test_the_published_lists_parse_and_split_as_published(real_lists, name):
+    files = real_lists(*LISTS[name])
+    lists = dict(zip(("train", "test"), map(read_split, files)))
     assert {k: len(v) for k, v in lists.items()} == {"train": 6698, "test": 744}
     clips = [parse_clip(r["id"]) for v in lists.values() for r in v]
-    assert (
-        len({c["id"] for c in clips}) == 7442
-        and len({c["actor"] for c in clips}) == 91
-        and len({c["sentence"] for c in clips}) == 12
-    )
+    assert len({c["id"] for c in clips}) == 7442
     assert all(
         LABELS[r["label"].lower()] == parse_clip(r["id"])["y"]
         for v in lists.values()
         for r in v
     )
-    splits = cremad_splits(clips, published)
+    splits = cremad_splits(clips, files)
     assert [len(splits[k]) for k in ("train", "valid", "test")] == [6028, 670, 744]
     for part, names in (
         (splits["train"] + splits["valid"], lists["train"]),
@@ -74,13 +73,60 @@ def test_the_published_lists_parse_and_split_as_published(published):
         assert Counter(r["y"] for r in part) == Counter(
             LABELS[r["label"].lower()] for r in names
         )
-    assert {c["actor"] for c in splits["test"]} == {
-        c["actor"] for c in clips
-    }  # what the published split hides
+    assert split_name(files) == name
     apart = cremad_splits(clips, ["speaker"])
     assert not {c["actor"] for c in apart["train"]} & {
         c["actor"] for c in apart["test"]
     }
+
+
+def shared(first, second):
+    return {r["what"]: r for r in audit(first, second, clip_traits)}
+
+
+def test_the_two_published_splits_share_few_test_clips(real_lists):
+    files = {k: real_lists(*v) for k, v in LISTS.items()}
+    ogm, mla = ([read_split(f) for f in files[k]] for k in ("ogm", "mla"))
+    for train, test in (ogm, mla):  # one split against itself
+        found = shared(train, test)
+        assert found["clip"]["both"] == 0
+        for what, n in (("actor", 91), ("sentence", 12), ("emotion", 6)):
+            assert found[what]["train"] == found[what]["both"] == n
+            assert found[what]["seen"] == 744
+    assert shared(ogm[1], mla[1])["clip"]["both"] == 71
+    assert shared(ogm[0], mla[1])["clip"]["both"] == 673
+    assert shared(mla[0], ogm[1])["clip"]["both"] == 673
+    assert {r["id"] for r in ogm[0] + ogm[1]} == {r["id"] for r in mla[0] + mla[1]}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_the_command_line_takes_the_published_lists(real_lists, mine, name):
+    files = real_lists(*LISTS[name])
+    args = ["--root", mine, "--size", 24, "--seconds", 1.5, "--audio", "log_mel"]
+    args += ["--split", *files]
+    assert "samples that are not there" in script("cremad", *args, ok=False)
+    said = script("cremad", *args, "--absent", "skip", "--variant", name)
+    assert f"split: {name}\n" in said
+    s = datasets["cremad"](variant=name)
+    assert s.info["source"]["split_name"] == name
+    assert s.info["source"]["split"] == [f.name for f in files]
+    listed = {r["id"] for r in read_split(files[1])}
+    assert s.parts["test"].ids and set(s.parts["test"].ids) <= listed
+
+
+def test_a_result_names_its_split(mine):
+    rows = cremad_rows(mine)
+    for part, some in (("train", rows[:90]), ("test", rows[90:])):
+        text = "\n".join(f"{r['id']}.flv {r['y'].title()}" for r in some)
+        (mine.parent / f"{part}.txt").write_text(text)
+    prepare_cremad(mine, ["train.txt", "test.txt"], **SMALL)
+    prepare_cremad(mine, ["random"], variant="chance", **SMALL)
+    quick = {"dataset": "cremad", "encoder": "small", "epochs": 1, "progress": False}
+    found = run(Run(**quick)), run(Run(**quick, dataset_args="variant=chance"))
+    assert [r["split"] for r in found] == ["train.txt+test.txt", "random"]
+    text = table()
+    assert "| cremad, split train.txt+test.txt |" in text
+    assert "| cremad variant=chance, split random |" in text
 
 
 def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine):

@@ -19,9 +19,10 @@ from mla_nb.data.food101 import (
     prepare_food101,
     read_titles,
     repeats,
+    split_by_lists,
     split_incomplete,
 )
-from mla_nb.data.media import media_options, read_media
+from mla_nb.data.media import media_options, read_media, read_split, split_name
 from mla_nb.data.miniature import miniature
 from mla_nb.data.prepared import sha256
 from mla_nb.runs.run import Run, run
@@ -295,6 +296,37 @@ def test_published_style_lists_bring_text_and_need_no_titles(mine):
     assert all(
         x["text"].startswith("list ") for x in s.train.ds.select_columns(["text"])
     )
+
+
+MLA = ("food101_mla_train.txt", "food101_mla_test.txt")
+
+
+def test_the_real_lists_of_mla_split_rows_with_their_ids(real_lists, mine):
+    files = real_lists(*MLA)
+    lists = [read_split(f) for f in files]
+    assert [len(v) for v in lists] == [62970, 22714]
+    have = {r["id"]: {"id": r["id"], "text": "a title"} for v in lists for r in v}
+    assert len(have) == 62970 + 22714
+    splits = split_by_lists(mine, have, files)
+    assert [len(splits[k]) for k in ("train", "valid", "test")] == [56673, 6297, 22714]
+    assert len({r["y"] for r in splits["train"]}) == 101
+    assert splits["test"][0] == {**have["frozen_yogurt_426"], "y": "frozen_yogurt"}
+    assert split_name(files) == "mla"
+
+
+def test_lists_as_mla_has_them_take_titles_from_the_download(mine):
+    for part in ("train", "test"):
+        rows = [r for r in food101_rows(mine) if r["split"] == part]
+        text = "".join(f"{r['id']}.jpg {r['y']}\n" for r in rows)
+        (mine.parent / f"{part}.txt").write_text(text)
+    said = cli("--root", mine, "--split", "train.txt", "test.txt", "--size", 24)
+    assert "split: train.txt+test.txt" in said
+    s = datasets["food101"]()
+    assert [len(p) for p in s.parts.values()] == [162, 18, 60]
+    assert all(x["text"] for x in s.train.ds.select_columns(["text"]))
+    (mine.parent / "test.txt").write_text("pho_1.jpg pho\npho_2.jpg\n")
+    said = cli("--root", mine, "--split", "train.txt", "test.txt", ok=False)
+    assert "test.txt, line 2: 'pho_2.jpg' is not a sample" in said
 
 
 def test_lists_that_do_not_fit(mine):

@@ -442,3 +442,47 @@ def test_a_read_only_folder_is_one_sentence(mine):
     assert "cannot read or write" in cli(
         "--root", mine, "--data", "locked", "--size", 24, ok=False
     )
+
+
+MLA = ("iemocap_mla_train.txt", "iemocap_mla_test.txt")
+
+
+def test_the_real_lists_of_mla_split_rows_with_their_ids(real_lists):
+    files = real_lists(*MLA)
+    lists = [media.read_split(f) for f in files]
+    assert [len(v) for v in lists] == [3318, 1107]
+    rows = [{"id": r["id"], "text": "as the release has it"} for v in lists for r in v]
+    splits = iemocap_splits(rows, files)
+    assert [len(splits[k]) for k in ("train", "valid", "test")] == [2986, 332, 1107]
+    assert Counter(r["y"] for r in splits["test"]) == Counter(
+        r["label"].lower() for r in lists[1]
+    )
+    assert {r["text"] for r in splits["test"]} == {"as the release has it"}
+    assert media.split_name(files) == "mla"
+
+
+def test_lists_as_mla_has_them_and_wrong_lines(mine):
+    rows = iemocap_rows(mine)
+    lines = [
+        f"{r['id']}.mp4 [split|sign] said so [split|sign] {r['y'].title()}"
+        for r in rows
+    ]
+    (mine.parent / "train.txt").write_text("\n".join(lines[:60]))
+    (mine.parent / "test.txt").write_text("\n".join(lines[60:]))
+    said = cli(
+        *("--root", mine, "--split", "train.txt", "test.txt"),
+        *("--size", 24, "--seconds", 1.5, "--audio", "log_mel"),
+    )
+    assert "split: train.txt+test.txt" in said
+    s = datasets["iemocap"]()
+    assert sum(map(len, s.parts.values())) == len(rows)
+    assert "said so" not in {x["text"] for x in s.train.ds.select_columns(["text"])}
+    for line, why in (
+        ("Ses01F_impro01_F000.mp4 Happy", "expected `name .split.sign. text"),
+        (lines[0].replace(rows[0]["y"].title(), ""), "expected `name .split.sign."),
+        (lines[0].replace(rows[0]["y"].title(), "Hapy"), "did you mean"),
+    ):
+        (mine.parent / "train.txt").write_text("\n".join([line, *lines[1:60]]))
+        with pytest.raises(InputError, match=why) as e:
+            prepare_iemocap(mine, ["train.txt", "test.txt"], variant="x", **SMALL)
+        assert "\n" not in str(e.value)

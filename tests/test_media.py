@@ -192,6 +192,14 @@ BAD_LISTS = {
     "columns": ("id,label\n1,a\n2", "line 3: 1 columns"),
     "no comma": ("1,a\n2", "line 2: '2' is not a sample"),
     "bare": ("one\ntwo", "is not a sample"),
+    "after a gap": ('{"id": "1", "label": "a"}\n\n{"id": 2', "line 3: not valid JSON"),
+    "gap in a table": ("id,label\n\n1,a\n2", "line 4: 1 columns"),
+    "huge": ("id,label\n" + '"x' * 90000, "line 2: not valid CSV"),
+    "no sign": (
+        "1 a\n2 [split|sign] so [split|sign] a",
+        r"line 1: '1 a' is not .*sign",
+    ),
+    "no label, sign": ("1 [split|sign] so [split|sign]", "line 1: .*is not a sample"),
 }
 
 

@@ -14,7 +14,7 @@ from conftest import POINTER, SHARED, killed_at_the_second_shard, script
 
 from mla_nb.core import InputError, check_dataset, datasets
 from mla_nb.data.food101 import across, repeats
-from mla_nb.data.media import media_options, read_media, read_split
+from mla_nb.data.media import media_options, read_media, read_split, split_name
 from mla_nb.data.miniature import miniature
 from mla_nb.data.mvsa import (
     LABEL_RULES,
@@ -96,6 +96,10 @@ def test_the_published_lists_are_what_agree_makes(real):
         if s == "test"
     }
     assert len(twins) == 24
+
+
+def test_the_published_lists_are_recognized(real):
+    assert split_name([real / f"{k}.jsonl" for k in LISTS]) == "qmf"
 
 
 def test_a_tree_with_the_real_labels_splits_as_published(real, tmp_path, capsys):

@@ -573,6 +573,7 @@ def _result(folder, cfg, s, learn, valid, p) -> dict:
         "valid": learn.history[best]["valid"],
         "test": scores(p),
         "n_test": len(p.y),
+        "split": _split(s.info),
         "bayes": _bayes(s, list(learn.net.encoders)),
         "weights": getattr(learn.method.rule, "weights", None),
         "temperatures": temperatures(valid),
@@ -580,6 +581,15 @@ def _result(folder, cfg, s, learn, valid, p) -> dict:
         "params": sum(q.numel() for q in learn.net.parameters()),
         "environment": environment(),
     }
+
+
+def _split(info) -> str | None:
+    "Which split of its dataset a run used, where the prepared dataset says so"
+    source = info.get("source")
+    source = source if isinstance(source, dict) else {}
+    named = source.get("split_name") or info.get("split")
+    named = named or " ".join(source.get("split", ()))
+    return named if named and named != "default" else None
 
 
 def _bayes(s, mods):
