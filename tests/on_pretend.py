@@ -25,15 +25,20 @@ from pretend_runs import ACTIVE, DEVICE, Twins, configure, gpu
 
 from mla_nb import evaluation, missing
 from mla_nb.core import InputError, methods, rules
+from mla_nb.encoders.image import Pixels, augment_image
+from mla_nb.encoders.masked import M3AE
 from mla_nb.features import Extractor
-from mla_nb.methods.base import predict, predictions
+from mla_nb.methods.base import Callback, predict, predictions
 from mla_nb.methods.fusion import make_rule
 from mla_nb.predict import load
 from mla_nb.runs import run as runs
 from mla_nb.runs.run import environment
 from mla_nb.tools import digest
-from mla_nb.train.checkpoints import States, read_state
+from mla_nb.train import runtime
+from mla_nb.train.checkpoints import States, explain_failure, read_state
+from mla_nb.train.learner import Diverged
 from mla_nb.train.loaders import loaders
+from mla_nb.train.runtime import start_accelerator
 
 
 def on(*values, **kw):
@@ -63,7 +68,7 @@ def test_tensors_of_two_devices_do_not_meet():
 
 
 def test_waits_are_counted_with_the_line_that_asked():
-    x = on(1.0, 2.0, 3.0, requires_grad=True)
+    x, two = on(1.0, 2.0, 3.0, requires_grad=True), on(5.0, 6.0)
     with watch() as seen:
         (x * 2).sum().backward()
         x.to(torch.half).to(DEVICE)
@@ -74,7 +79,7 @@ def test_waits_are_counted_with_the_line_that_asked():
         DOWNLOAD: lambda: x.detach().cpu(),
         UPLOAD: lambda: torch.ones(3).to(DEVICE),
         "unique": lambda: x.detach().unique(),
-        "mask as index": lambda: x.detach().index_put_((x > 1,), on(5.0, 6.0)),
+        "mask as index": lambda: x.detach().index_put_((x > 1,), two),
     }
     for what, f in waits.items():
         with watch() as seen:
@@ -184,14 +189,15 @@ def test_the_projection_with_a_rank():
     twins.check(1e-4, waits=sum(twins.waits.values()))
 
 
+# AdamW divides by the size of a gradient: where that is rounding, the sign is chance
 OPTIONS = {
     "augment": {"augment": "crop,flip"},
     "bf16": {"precision": "bf16", "tol": 5e-2},
     "channels_last": {"channels_last": True},
     "fused": {"fused": True},
     "fused channels_last": {"fused": True, "channels_last": True},
-    "adamw": {"optimizer": "adamw", "lr": 1e-3, "tol": 1e-4},
-    "adamw fused": {"optimizer": "adamw", "lr": 1e-3, "fused": True, "tol": 1e-4},
+    "adamw": {"optimizer": "adamw", "lr": 1e-3, "tol": 5e-3},
+    "adamw fused": {"optimizer": "adamw", "lr": 1e-3, "fused": True, "tol": 5e-3},
     "zeros": {"missing_fill": "zeros"},
     "tf32": {"tf32": True},
     "cosine": {"schedule": "cosine"},
@@ -312,7 +318,7 @@ def test_an_epoch_waits_a_few_times_and_not_once_per_turn_or_weight(finished):
     lines = P.Counter()
     for (what, line), n in certain(seen).items():
         lines[line.split(":")[0], what] += n
-    assert lines["train/learner.py", "item"] <= 2 * 2
+    assert sum(n for (f, _), n in lines.items() if f == "train/learner.py") <= 2
     assert lines["methods/base.py", UPLOAD] == 0
     tensors = sum(1 for _ in finished_state(finished)) + 10
     saved = [lines[f, w] for f, w in lines if f in ("train/checkpoints.py", "tools.py")]
@@ -346,8 +352,8 @@ def test_predictions_on_the_device_are_those_on_the_cpu(finished):
     with gpu():
         p, q = (load(cfg.folder, device=d) for d in (NAME, "cpu"))
         part = runs.make_dataset(cfg).test
-        asked = [dict(part[i]["x"]) for i in range(4)]
-        asked[3]["image"] = None
+        asked = [dict(part[i]["x"]) for i in range(3)]
+        asked[2]["image"] = None
         with watch() as seen:
             a = p.predict_items(asked)
         b = q.predict_items(asked)
@@ -456,12 +462,8 @@ def test_no_evaluation_holds_the_whole_split(learned):
 def test_features_are_extracted(learned, precision):
     cfg = configure()
     s = missing.with_missing(runs.make_dataset(cfg), "0.3")
-    part = s.parts["valid"]
-    rows = mock.patch.object(
-        type(part), "__getitems__", lambda self, k: [self[i] for i in k], create=True
-    )
     encs = {m: copy.deepcopy(e) for m, e in learned[0].net.encoders.items()}
-    with gpu(), rows:
+    with gpu():
         got = Extractor(s, encs, 3, precision, NAME).block("valid", 0)
         want = Extractor(s, {m: e.cpu() for m, e in encs.items()}, 3, precision).block(
             "valid", 0
@@ -471,6 +473,180 @@ def test_features_are_extracted(learned, precision):
             assert (a is None) == (b is None)
             near = 0.1 if precision == "bf16" else 1e-2
             assert a is None or np.abs(a.astype("f4") - b.astype("f4")).max() < near
+
+
+# settings of the whole process --------------------------------------------------------
+
+
+def test_runs_on_two_devices_in_one_process():
+    "Accelerate remembers the first device of a process, unless it is told to forget"
+    with pretend.posing(), mock.patch.object(torch.cuda, "set_device"):
+        found = [start_accelerator(d).device.type for d in ("auto", "cpu", "auto")]
+    assert found == ["cuda", "cpu", "cuda"]
+    assert start_accelerator("auto").device.type == "cpu"
+
+
+class Notes(Callback):
+    "What the process is set to while it trains"
+
+    def after_step(self, learn, turn):
+        cudnn = torch.backends.cudnn
+        self.seen = (
+            torch.get_float32_matmul_precision(),
+            cudnn.allow_tf32,
+            torch.are_deterministic_algorithms_enabled(),
+            cudnn.deterministic,
+        )
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_arithmetic_is_set_and_restored(tf32, deterministic):
+    notes, outside = Notes(), Notes()
+    outside.after_step(None, None)
+    cfg = configure(method="concat", tf32=tf32, deterministic=deterministic, epochs=1)
+    with gpu():
+        learn = P.trained(cfg, callbacks=[notes])
+        learn.predictions(learn.dls.test)
+    matmul = "high" if tf32 else "highest"
+    assert notes.seen == (matmul, tf32, deterministic, deterministic)
+    after = Notes()
+    after.after_step(None, None)
+    assert after.seen == outside.seen == ("highest", True, False, False)
+
+
+def test_what_cannot_repeat_its_numbers_is_named():
+    e = RuntimeError(
+        "upsample_bicubic2d_backward_out_cuda does not have a deterministic "
+        "implementation, but you set 'torch.use_deterministic_algorithms(True)'."
+    )
+    said = str(explain_failure(e, configure()))
+    assert said.startswith("deterministic=True: upsample_bicubic2d_backward_out_cuda")
+    assert "leave deterministic out" in said
+
+
+def test_a_child_process_is_not_forked_from_one_that_uses_the_gpu():
+    from mla_nb import reliability
+
+    started = []
+
+    class Context:
+        class Process:
+            exitcode = 0
+
+            def __init__(self, target, args):
+                started.append((target, args))
+
+            def start(self):
+                pass
+
+            def join(self, seconds):
+                pass
+
+            def is_alive(self):
+                return False
+
+    fork = mock.patch.object(os, "fork", side_effect=AssertionError("forked"))
+    fresh = mock.patch.object(reliability, "get_context", lambda how: Context)
+    cfg = configure()
+    with pretend.posing(), fork, fresh:
+        assert reliability.forked(cfg) == 0
+    assert started == [(reliability._only_run, (cfg,))]
+
+
+# small things that differ on a GPU ----------------------------------------------------
+
+
+def test_a_varied_picture_leaves_the_generator_of_the_device_alone():
+    x, before = torch.zeros(3, 8, 8, dtype=torch.uint8), pretend.generator.get_state()
+    augment_image(x, 5)
+    Pixels(8).augment(x, 6)
+    assert pretend.generator.get_state().equal(before)
+
+
+def test_varied_pictures_are_pinned_again():
+    with gpu():
+        learn = P.trained(configure(method="concat", augment="flip", epochs=1))
+        with watch() as seen:
+            for b in learn.dls.train:
+                assert on_device(b.x["image"]) and b.numbers.device.type != NAME
+    assert not seen, dict(seen)
+
+
+def test_pictures_come_in_the_layout_asked_for():
+    seen = []
+    for last in (False, True):
+        with gpu():
+            cfg = configure(method="concat", channels_last=last, epochs=1)
+            learn = P.trained(cfg)
+            first = next(
+                m
+                for m in learn.net.encoders["image"].modules()
+                if isinstance(m, torch.nn.Conv2d)
+            )
+            first.register_forward_hook(
+                lambda m, x, y: seen.append(
+                    x[0].is_contiguous(memory_format=torch.channels_last)
+                )
+            )
+            learn.predictions(learn.dls.valid)
+    assert seen[0] is False and seen[-1] is True
+    clips = torch.zeros(2, 3, 3, 8, 8)
+    last = runtime._channels_last(clips)
+    frames = last.flatten(0, 1)
+    assert last.shape == clips.shape
+    assert frames.is_contiguous(memory_format=torch.channels_last)
+
+
+class Poison(Callback):
+    "One gradient overflows in one turn; the loss stays finite"
+
+    order = -9
+
+    def after_backward(self, learn, turn):
+        if (learn.epoch, learn.step) == (0, 0):
+            next(p for p in learn.net.parameters() if p.grad is not None).grad[0] = (
+                float("inf")
+            )
+            self.rows = turn.rows.idx.tolist()
+
+
+def test_the_guard_names_the_turn_that_broke_and_not_a_later_one():
+    poison = Poison()
+    with (
+        gpu(),
+        pytest.raises(Diverged, match="gradient is inf in epoch 1, batch 1") as e,
+    ):
+        P.trained(configure(method="concat"), callbacks=[poison])
+    assert f"samples {poison.rows[:5]}" in str(e.value)
+
+
+def test_batches_of_validation_follow_the_training_batch():
+    cfg = configure(batch_size=2, accumulation_steps=3)
+    learn = runs.build(cfg, runs.make_dataset(cfg))
+    assert [learn.dls.valid.batch_size, learn.dls.test.batch_size] == [8, 8]
+    assert learn.dls.train.batch_size == 6
+    learn.runtime.prepare(learn)
+    assert max(len(b) for b in learn.training_rows()) == 8
+    big = cfg.replace(batch_size=300, accumulation_steps=1)
+    assert runs.build(big, runs.make_dataset(big)).dls.valid.batch_size == 256
+    said = str(explain_failure(torch.OutOfMemoryError("x"), cfg))
+    assert "batch_size=1 accumulation_steps=6" in said and "validation" in said
+
+
+def test_position_tables_are_made_once_and_move_with_the_net():
+    net = M3AE(16, 1, 2, patch=4, vocab=9)
+    x = {"ids": torch.ones(2, 5).long(), "mask": torch.ones(2, 5).bool()}
+    with torch.inference_mode():
+        a, b = net(x), net(torch.rand(2, 3, 8, 8))
+    names = {k for k, _ in net.named_buffers()}
+    assert names == {"places_5_0", "places_2_2"} and not set(net.state_dict()) & names
+    net.to(DEVICE)
+    with watch() as seen:
+        c = net({k: v.to(DEVICE, non_blocking=True) for k, v in x.items()})
+        c.sum().backward()
+    assert not certain(seen) and torch.allclose(host(c.detach()), a, atol=1e-5)
+    assert b.shape == (2, 16)
 
 
 # two processes ------------------------------------------------------------------------
