@@ -270,7 +270,8 @@ RESUMED = {
     "mla rank": {"method": "mla", "method_args": {"rank": 3}},
     "qmf": {"missing": "0.4"},
     "concat": {"optimizer": "adamw", "lr": 1e-3},
-    "ogm_ge": {"augment": "crop,flip"},
+    # three batches: one is varied while another one is trained
+    "ogm_ge": {"augment": "crop,flip", "dataset_args": "n=36"},
     "pmr": {},
     "agm": {},
     "inforeg": {},

@@ -66,3 +66,20 @@ def test_without_a_private_interface_the_reason_is_given():
         text=True,
     )
     assert "_DummyDeviceGuard" in done.stdout and "has changed" in done.stdout
+
+
+@pytest.mark.slow
+def test_deliberate_mistakes_are_found():
+    "Some of them: `python tests/mutants.py` tries all"
+    some = [str(k) for k in (0, 3, 13, 17)]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / "tests/mutants.py"), *some],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if "private interface" in done.stdout or "has changed" in done.stdout:
+        pytest.skip(done.stdout)
+    assert done.returncode == 0 and "4 of 4 found" in done.stdout, (
+        done.stdout + done.stderr[-3000:]
+    )
