@@ -198,7 +198,10 @@ def attempt(m: Mistake):
 
     if not m.resumed:
         waits = 4 if m.method == "opm" else 0
-        P.Twins(method=m.method, **m.options).check(waits=waits)
+        learn = P.Twins(method=m.method, **m.options).check(waits=waits).gpu
+        with P.gpu():
+            p = learn.predictions(learn.dls.valid)
+        assert p.fused.device.type == "cpu", "predictions stayed on the device"
         return
     root = Path(tempfile.mkdtemp())
     whole, cut, _, steps = P.cut_and_whole(root, method=m.method, **m.options)
