@@ -188,6 +188,7 @@ class Batch:
 
     def __post_init__(self):
         self._rows = {}
+        self.numbers = self.idx  # a batch that was moved keeps those it came with
 
     def __len__(self):
         return len(self.y)
@@ -219,7 +220,9 @@ class Batch:
     def to(self, device, **_) -> "Batch":
         "Inputs and labels on `device`; the flags stay where they are"
         x, y, idx = (to_device(v, device) for v in (self.x, self.y, self.idx))
-        return Batch(x, y, self.present, idx)
+        moved = Batch(x, y, self.present, idx)
+        moved.numbers = self.numbers
+        return moved
 
     def pin_memory(self) -> "Batch":
         "For a DataLoader with `pin_memory=True`"

@@ -203,24 +203,17 @@ def subset_accuracy(
 
     The empty subset has the share of the most frequent class.
     """
-    batches, mods, out = list(dl), list(net.encoders), {}
-    y = torch.cat([b.y for b in batches]).cpu()
-    out[()] = y.bincount().max().item() / len(y)
-    for k in range(1, len(mods) + 1):
-        for sub in combinations(mods, k):
-            seen = [
-                replace(
-                    b,
-                    present={
-                        m: p if m in sub else torch.zeros_like(p)
-                        for m, p in b.present.items()
-                    },
-                )
-                for b in batches
-            ]
-            p = predictions(net, method, seen)
-            out[sub] = (p.fused.argmax(1) == p.y).double().mean().item()
-    return out
+    mods, labels = list(net.encoders), []
+    found = {s: [] for k in range(len(mods)) for s in combinations(mods, k + 1)}
+    for b in dl:  # one batch at a time: a GPU never holds the whole split
+        labels.append(b.y.cpu())
+        for sub, right in found.items():
+            here = {m: p if m in sub else p & False for m, p in b.present.items()}
+            p = predictions(net, method, [replace(b, present=here)])
+            right.append(p.fused.argmax(1) == p.y)
+    y = torch.cat(labels)
+    most = {(): y.bincount().max().item() / len(y)}
+    return most | {s: torch.cat(r).double().mean().item() for s, r in found.items()}
 
 # %% ../nbs/22_evaluation.ipynb #3d6f50b7
 def shapley(

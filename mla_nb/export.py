@@ -7,6 +7,7 @@ __all__ = ['by_subset', 'chosen', 'Whole', 'example', 'by_python', 'traced', 'ru
            'check_export', 'export_program', 'run_onnx', 'export_onnx']
 
 # %% ../nbs/47_export.ipynb #0750f8e3
+import copy
 import json
 import logging
 import math
@@ -248,12 +249,22 @@ def _target(path, suffix):
     return path
 
 # %% ../nbs/47_export.ipynb #de086ccb
+def _on_cpu(p: Classifier) -> Classifier:
+    "The same classifier on the CPU; the caller's stays where it is"
+    if p.device == "cpu":
+        return p
+    twin = copy.copy(p)
+    twin.net = copy.deepcopy(p.net)
+    return twin.to("cpu")
+
+
 def export_program(
     p: Classifier,
     path,  # e.g. 'model.pt2'
 ) -> Path:
     "The whole net as a torch.export program, checked against Python"
-    path, note = _target(path, ".pt2"), json.dumps(described(p.to("cpu")), indent=1)
+    p = _on_cpu(p)
+    path, note = _target(path, ".pt2"), json.dumps(described(p), indent=1)
     program = traced(p)
     with torch.no_grad():
         check_export(p, program.module())
@@ -293,7 +304,8 @@ def export_onnx(
     path,  # e.g. 'model.onnx'
 ) -> Path:
     "The whole net as ONNX; checked with onnxruntime where that is installed"
-    path, note = _target(path, ".onnx"), described(p.to("cpu"))
+    p = _on_cpu(p)
+    path, note = _target(path, ".onnx"), described(p)
     if not (find_spec("onnx") and find_spec("onnxscript")):
         raise InputError(
             "export to ONNX needs onnx and onnxscript, which are not installed; "

@@ -199,7 +199,7 @@ def hide(
 ) -> Batch:  # the same tensors, other flags
     "A batch without what is hidden"
     return replace(
-        b, present={m: p & stay[m][b.idx.cpu()] for m, p in b.present.items()}
+        b, present={m: p & stay[m][b.numbers.cpu()] for m, p in b.present.items()}
     )
 
 
@@ -211,21 +211,17 @@ def sweep(
     seed: int = 0,  # of the masks: those that `with_missing` gives the test split
 ) -> dict:  # rate -> Pred
     "Predictions of one trained net, which reads every modality, under several rates"
-    batches = list(dl)
-    order = torch.cat([b.idx for b in batches]).cpu().argsort()
-    had = torch.stack(
-        [torch.cat([b.present[m] for b in batches])[order] for m in net.encoders]
-    )
-    masks = {
-        r: dict(
-            zip(net.encoders, missing_mask(had.shape[1], net.encoders, r, seed, 2, had))
-        )
-        for r in rates
-    }
-    return {
-        r: predictions(net, method, [hide(b, stay) for b in batches])
-        for r, stay in masks.items()
-    }
+    mods, rates = list(net.encoders), list(rates)
+    # flags first, batches afterwards: a GPU never holds the whole split
+    seen = [(b.numbers.cpu(), torch.stack([b.present[m] for m in mods])) for b in dl]
+    order = torch.cat([rows for rows, _ in seen]).argsort()
+    had = torch.cat([flags for _, flags in seen], 1)[:, order]
+    n, found = had.shape[1], {r: [] for r in rates}
+    masks = {r: dict(zip(mods, missing_mask(n, mods, r, seed, 2, had))) for r in rates}
+    for b in dl:
+        for r, stay in masks.items():
+            found[r].append(predictions(net, method, [hide(b, stay)]))
+    return {r: Pred.cat(preds) for r, preds in found.items()}
 
 # %% ../nbs/21_missing.ipynb #084f2f14
 STYLES = {

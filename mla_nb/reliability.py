@@ -18,6 +18,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -49,18 +50,36 @@ def warm():
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
 
 
+def _only_run(cfg):
+    "What a child process does"
+    try:
+        run(cfg)
+    except BaseException as e:
+        print(type(e).__name__, e, file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+
+
+def _spawned(cfg, seconds) -> int:
+    "As `forked`, in a fresh process, which begins with all imports"
+    child = get_context("spawn").Process(target=_only_run, args=(cfg,))
+    child.start()
+    child.join(None if seconds == math.inf else seconds)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    return child.exitcode
+
+
 def forked(
     cfg: Run,
     seconds: float = math.inf,  # until kill -9
 ) -> int:  # exit code: 0, or -9 if it was killed
     "A run in a child process; the parent must not have trained: threads end at a fork"
+    if torch.cuda.is_initialized():  # a fork cannot use the GPU
+        return _spawned(cfg, seconds)
     if (pid := os.fork()) == 0:
-        try:
-            run(cfg)
-        except BaseException as e:
-            print(type(e).__name__, e, file=sys.stderr)
-            os._exit(1)
-        os._exit(0)
+        _only_run(cfg)
     end = time.monotonic() + seconds
     while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < end:
         time.sleep(0.002)

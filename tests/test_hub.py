@@ -786,3 +786,18 @@ def test_a_run_and_its_net_without_the_models(mine, tmp_path):
     )
     with pytest.raises(InputError, match="no such folder"):
         run(Run(**{**dict(cfg), "seed": 1}))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "clip"])
+def test_a_mask_of_four_dimensions_changes_no_feature(models, name):
+    "It makes no GPU wait; models that read it otherwise get two dimensions"
+    enc = call(
+        encoders["hf_text"], {"model": str(models / name)}, mod=TEXT, items=TEXTS
+    )
+    x, enc = enc.preprocessor.inputs(TEXTS), enc.eval()
+    with torch.no_grad():
+        given = enc.attended(x["mask"])
+        plain = enc.net(input_ids=x["ids"], attention_mask=x["mask"].long())
+        here = pooled(plain, x["mask"], enc.pool)
+        assert torch.allclose(enc(x), here, atol=1e-5)
+    assert given.dim() == (4 if name in ("bert", "roberta") else 2)

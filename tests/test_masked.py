@@ -733,3 +733,17 @@ def test_a_run_with_masked_encoders_is_loaded_without_its_files(tmp_path, m3ae):
 def test_m3ae_cannot_listen_and_says_who_can():
     with pytest.raises(InputError, match="unknown encoder of audio .*'m3ae'.*cavmae"):
         encoder_names("m3ae", {"audio": WAVE, "text": TEXT})
+
+
+def test_a_traced_net_keeps_no_table_of_the_trace():
+    "A table that belonged to a graph would come back in later predictions"
+    net = M3AE(16, 1, 2, patch=4, vocab=9).eval()
+    x = torch.rand(3, 3, 8, 8)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        graph = torch.export.export(
+            net, (x,), dynamic_shapes=({0: batch},), strict=False
+        ).module()
+        assert not dict(net.named_buffers())
+        assert torch.allclose(graph(x[:2]), net(x[:2]), atol=1e-5)
+    assert all(type(v) is torch.Tensor for v in net.buffers())

@@ -288,6 +288,7 @@ def test_options_that_came_later_leave_the_names_of_runs_alone():
         "channels_last": False,
         "compiled": False,
         "tf32": False,
+        "deterministic": False,
         "fused": False,
     }.items():
         assert plain.replace(**{k: v}).id == plain.id
@@ -298,6 +299,7 @@ def test_options_that_came_later_leave_the_names_of_runs_alone():
         "channels_last": True,
         "compiled": True,
         "tf32": True,
+        "deterministic": True,
         "fused": True,
     }.items():
         assert plain.replace(**{k: v}).id != plain.id

@@ -361,14 +361,19 @@ class HubNet(Partly):
         )
         self.cfg, self.kind, self.pool = cfg, kind, pool
 
+    def attended(self, mask):  # (B,T) bool
+        "The mask as the model wants it; of four dimensions it makes no GPU wait"
+        at_once = getattr(self.net.config, "_attn_implementation", "") == "sdpa"
+        if at_once and self.net.config.model_type in ("bert", "roberta"):
+            return mask[:, None, None].expand(-1, -1, mask.shape[1], -1)
+        return mask.long()
+
     def forward(self, x):
         "(B,D) pooled features"
         if self.kind == "text":
-            return pooled(
-                self.net(input_ids=x["ids"], attention_mask=x["mask"].long()),
-                x["mask"],
-                self.pool,
-            )
+            mask = self.attended(x["mask"])
+            found = self.net(input_ids=x["ids"], attention_mask=mask)
+            return pooled(found, x["mask"], self.pool)
         return pooled(self.net(**{INPUTS[self.kind]: x}), None, self.pool)
 
 # %% ../../nbs/29_hub.ipynb #f790afce

@@ -29,7 +29,7 @@ def augment_image(
     if "flip" in what:
         steps.append(v2.RandomHorizontalFlip())
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not a GPU's: nobody restores it
         return v2.Compose(steps)(x)
 
 # %% ../../nbs/04_image.ipynb #01931df9

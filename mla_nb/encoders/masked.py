@@ -7,8 +7,6 @@ __all__ = ['SIZES', 'POOLS', 'patchify', 'sincos', 'table', 'Attention', 'Block'
            'CAVMAE', 'regrid']
 
 # %% ../../nbs/26_masked.ipynb #a9807a64
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,21 +40,19 @@ def sincos(
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 # %% ../../nbs/26_masked.ipynb #b378a5a6
-@cache
 def table(
     width: int,  # a multiple of 4 if there are rows and columns
     h: int,  # rows; or places in a line
     w: int = 0,  # columns; 0: a line
-    device: str = "cpu",
 ):  # (h·w,width) or (h,width), float32
     """Position table of a line, or of a grid row by row.
 
     For a grid the first half of each vector holds the column, the second the row.
     """
     if not w:
-        return sincos(width, range(h)).to(device)
+        return sincos(width, range(h))
     row, col = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
-    return torch.cat([sincos(width // 2, col), sincos(width // 2, row)], 1).to(device)
+    return torch.cat([sincos(width // 2, col), sincos(width // 2, row)], 1)
 
 # %% ../../nbs/26_masked.ipynb #ab3d6fc1
 class Attention(nn.Module):
@@ -199,18 +195,27 @@ class M3AE(Encoder):
             self.type_image = nn.Parameter(torch.zeros(1, 1, width))
         start(self)
 
+    def places(self, z, h: int, w: int = 0):
+        "The position table of a size, which moves with the module"
+        name = f"places_{h}_{w}"
+        if name not in self._buffers:
+            with torch.inference_mode(False):
+                made = table(self.num_features, h, w).to(z.device, non_blocking=True)
+            if type(made) is not torch.Tensor:
+                return made.to(z.dtype)  # a graph is being traced: nothing is kept
+            self.register_buffer(name, made, persistent=False)
+        return self._buffers[name].to(z.dtype)
+
     def see(self, x):
         "Patches in their places"
         z = self.patches(patchify(x, self.patch))
         h, w = (n // self.patch for n in x.shape[2:])
-        places = table(self.num_features, h, w, str(z.device))
-        return z + places.to(z.dtype) + self.type_image
+        return z + self.places(z, h, w) + self.type_image
 
     def read(self, x):
         "Words in their places"
         z = self.tokens(x["ids"])
-        places = table(self.num_features, z.shape[1], 0, str(z.device))
-        return z + places.to(z.dtype) + self.type_text
+        return z + self.places(z, z.shape[1]) + self.type_text
 
     def hidden(self, image=None, text=None):
         """Every position after the last block, and which of them are not padding.
@@ -219,7 +224,7 @@ class M3AE(Encoder):
         """
         given = ((self.see, image), (self.read, text))
         parts = [embed(x) for embed, x in given if x is not None]
-        z = torch.cat([self.cls.expand(len(parts[0]), -1, -1), *parts], 1)
+        z = torch.cat([self.cls.expand(parts[0].shape[0], -1, -1), *parts], 1)
         mask = None
         if text is not None:
             before = z.shape[1] - text["mask"].shape[1]

@@ -318,7 +318,8 @@ def predict(
     z, mods = (features or net.features)(b), list(net.encoders)
     none = torch.zeros(len(b), dtype=torch.bool)
     present = torch.stack([b.present.get(m, none) for m in mods])  # (M,B), on the CPU
-    some, here = {m: net.head({m: v}) for m, v in z.items()}, present.to(b.y.device)
+    some = {m: net.head({m: v}) for m, v in z.items()}
+    here = to_device(present, b.y.device)
     blank = torch.zeros(len(b), net.head.classes, device=b.y.device)
     logits = torch.stack(
         [torch.where(h[:, None], some.get(m, blank), blank) for m, h in zip(mods, here)]

@@ -168,7 +168,7 @@ class AMCo(GradTransform):
         several = (present.sum(1) > 1).nonzero()[:, 0]  # the others have no rival
         shares = select_rows(joint_shares(torch.stack(terms, 1), present), several)
         n = masked_classes(learn.epoch, learn.step, head.classes, self.eps)
-        kept = (torch.randperm(head.classes) >= n).to(shares)
+        kept = to_device(torch.randperm(head.classes) >= n, shares.device).to(shares)
         # public code takes the shares of the batch before, whose logits were masked
         ahead = turn.mean(shares) > self.sigma
         self.mask = {
@@ -257,7 +257,7 @@ class Valuation(GradTransform):
 
     def with_copies(self, b: Batch) -> tuple:
         "Numbers of rows, those of the batch and copies; the flags of all of them"
-        idx, rows = b.idx.cpu(), [torch.arange(len(b))]
+        idx, rows = b.numbers.cpu(), [torch.arange(len(b))]
         present = {o: [p] for o, p in b.present.items()}
         for m in [m for m in b.x if m in self.copies]:
             n = self.copies[m][idx]

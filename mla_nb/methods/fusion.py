@@ -104,13 +104,12 @@ def shared_out(
     present,  # (M,B) bool
 ):  # (M,B)
     "The same weights for every sample, shared out among the modalities it has"
-    w = (
-        torch.as_tensor(weights, dtype=torch.double, device=present.device)[:, None]
-        * present
-    )
+    # not every GPU has 64 bits
+    exact = torch.double if present.device.type == "cpu" else torch.float
+    w = torch.as_tensor(weights, dtype=exact, device=present.device)[:, None] * present
     # where only modalities of weight 0 are present, they count the same
     none = (w.sum(0) == 0) & present.any(0)
-    w = torch.where(none, present.double(), w)
+    w = torch.where(none, present.to(exact), w)
     return w / w.sum(0).clamp(min=1e-12)
 
 

@@ -267,7 +267,7 @@ class GradProjection(_Memory):
             self.P = (
                 W.new_zeros(W.shape[1], 0)
                 if self.rank
-                else torch.eye(W.shape[1], dtype=W.dtype)
+                else torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
             )
         if self.P.device != W.device:
             self.P = self.P.to(W.device)

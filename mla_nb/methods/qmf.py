@@ -45,9 +45,9 @@ class Histories(Callback):
     def before_fit(self, learn):
         "Begin with zeros"
         if self.history is None:
-            self.history = {
-                m: torch.zeros(len(learn.dls.sampler)) for m in learn.net.encoders
-            }
+            n, device = len(learn.dls.sampler), learn.runtime.device
+            none = {m: torch.zeros(n, device=device) for m in learn.net.encoders}
+            self.history = none
 
     def remember(self, m, rows, ce):
         """Add this turn's losses to the history; return the rows' scaled history.

@@ -285,7 +285,8 @@ class InfoReg(GradTransform):
             grads = [p.grad for p in params if p.grad is not None]
             if grads:
                 square = torch.stack(torch._foreach_norm(grads)).square().sum()
-                self.now[m] = square + self.now.get(m, torch.zeros(())).to(square)
+                known = m in self.now
+                self.now[m] = square + self.now[m].to(square) if known else square
         self.steps += 1
         fast = {m: self.learns_fast(m) for m in turn.features}
         if len(fast) < 2 or not any(fast.values()):

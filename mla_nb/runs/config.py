@@ -308,6 +308,11 @@ class RuntimeConfig(Config):
         "no", "mixed precision: 'no' or 'bf16'", "'no' or 'bf16'"
     )
     tf32: Flag = option(False, "faster, less exact matrix products on a GPU")
+    deterministic: Flag = option(
+        False,
+        "a GPU repeats its numbers: slower, and some operations are refused; "
+        "a CPU repeats them anyway",
+    )
     channels_last: Flag = option(False, "memory layout that convolutions like")
     compiled: Flag = option(False, "torch.compile for the encoders, where it works")
     processes: Whole | None = option(
@@ -358,6 +363,7 @@ def started_processes() -> int:
 ELSEWHERE = set(RuntimeConfig.model_fields) - {
     "precision",
     "tf32",
+    "deterministic",
     "channels_last",
     "compiled",
     "processes",

@@ -186,9 +186,17 @@ def make_opt(cfg: OptimConfig):
 def fused_sgd(params, **options):
     "SGD in one kernel, whose momentum begins at zero for all parameters at once"
     opt = torch.optim.SGD(params, fused=True, **options)
-    for g in opt.param_groups:
-        for p in g["params"]:
-            opt.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def begin(opt, *_):
+        "Before a step: momentum where the weights are by now, and in their layout"
+        for p in (p for g in opt.param_groups for p in g["params"]):
+            kept = opt.state[p].get("momentum_buffer")
+            if kept is None:
+                opt.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            elif kept.stride() != p.stride():
+                opt.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(kept)
+
+    opt.register_step_pre_hook(begin)
     return opt
 
 # %% ../../nbs/43_runs.ipynb #f453a0e8
@@ -213,9 +221,11 @@ def _commit():
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def environment() -> dict:
+def environment(
+    device=None,  # that was used; None: the best one that is there
+) -> dict:
     "Versions, machine and commit, to be stored with every result"
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() and getattr(device, "type", "") != "cpu"
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
@@ -387,6 +397,8 @@ def build(
         cfg.workers,
         pin=cfg.device == "auto" and torch.cuda.is_available(),
         shuffle=cfg.shuffle,
+        # nothing is kept for a backward pass: more rows fit
+        at_once=min(256, 4 * cfg.batch_size),
     )
     how = make_opt(cfg), _callbacks(cfg), cfg.seed, make_runtime(cfg)
     return Learner(net, dls, method, *how)
@@ -400,6 +412,7 @@ def make_runtime(cfg: Run) -> Runtime:
         cfg.channels_last,
         cfg.compiled,
         cfg.tf32,
+        cfg.deterministic,
         micro_batch_size=cfg.batch_size if cfg.accumulation_steps > 1 else 0,
         augment=cfg.augment,
     )
@@ -579,7 +592,7 @@ def _result(folder, cfg, s, learn, valid, p) -> dict:
         "temperatures": temperatures(valid),
         "seconds": sum(r["seconds"] for r in learn.history),
         "params": sum(q.numel() for q in learn.net.parameters()),
-        "environment": environment(),
+        "environment": environment(learn.runtime.device),
     }
 
 

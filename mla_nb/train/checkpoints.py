@@ -126,6 +126,15 @@ def checkpoints(folder) -> list:
     )
 
 
+def _moved(x, device):
+    "All tensors in a nest of containers on a device"
+    if isinstance(x, torch.Tensor):
+        return x.detach().to(device)
+    if isinstance(x, dict):
+        return {k: _moved(v, device) for k, v in x.items()}
+    return type(x)(_moved(v, device) for v in x) if type(x) in (list, tuple) else x
+
+
 def read_state(
     path,  # of a checkpoint
     device,  # where its tensors should be
@@ -215,7 +224,8 @@ class States(Callback):
         "Write a state; done: batches of this epoch, 0 if it is over"
         if not is_main():
             return
-        if not all(p.isfinite().all() for p in learn.net.parameters()):
+        finite = [p.isfinite().all() for p in learn.net.parameters()]
+        if not torch.stack(finite).all():
             raise Diverged(
                 f"the weights are not finite in epoch {learn.epoch + 1}; "
                 f"try a learning rate below {learn.opt.param_groups[0]['lr']:g}."
@@ -231,6 +241,7 @@ class States(Callback):
             "done": done,
             "rng": rng_state(),
         }
+        state = _moved(state, "cpu")  # once, for the checksum and for the file
         new, files = (
             self.folder / ".next.part",
             [
@@ -268,11 +279,13 @@ class Saver(States):
             return
         for stale in self.folder.glob(".*.part") if is_main() else ():
             stale.unlink()  # of a process that was killed while writing
-        state, path = self.read(next(learn.net.parameters()).device)
+        # on the CPU: AdamW counts its steps there, and the net is not there twice
+        state, path = self.read("cpu")
         fits(learn.net, state["net"], path)
         learn.net.load_state_dict(state["net"])
         learn.opt.load_state_dict(state["opt"])
-        _restore(learn.callbacks, state["callbacks"], state.get("names"))
+        kept = _moved(state["callbacks"], next(learn.net.parameters()).device)
+        _restore(learn.callbacks, kept, state.get("names"))
         learn.history = json.loads(state["history"])
         learn.batches_done = state.get("done", 0)
         # a new epoch seeds them anew
@@ -432,8 +445,15 @@ def explain_failure(
             return InputError(
                 f"out of memory with batch_size={cfg.batch_size}: try "
                 f"batch_size={half} accumulation_steps={2 * cfg.accumulation_steps}, "
-                "which is the same training batch in smaller pieces; or "
+                "which is the same training batch in smaller pieces, and smaller "
+                "batches of validation and test (at most four times batch_size); or "
                 "precision='bf16', or a smaller encoder."
+            )
+        if "deterministic" in text and "does not have a" in text:
+            return InputError(
+                f"deterministic=True: {text.split(' does not have')[0]} cannot repeat "
+                "its numbers on this device; leave deterministic out, or choose "
+                "another encoder."
             )
         if (
             getattr(c, "errno", None) in FULL

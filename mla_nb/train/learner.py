@@ -14,6 +14,7 @@ import math
 import re
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -85,10 +86,11 @@ def plain_loaders(
     "Loaders of a small dataset, whose tensors are made once"
     train, valid, test = (TensorSplit(p, preprocessors) for p in s.parts.values())
     order, one = Shuffle(len(train), seed), len(train) % batch_size == 1
+    more = min(256, 4 * batch_size)  # nothing is kept for a backward pass
     return Loaders(
         DataLoader(train, batch_size, sampler=order, drop_last=one, collate_fn=_same),
-        DataLoader(valid, 256, collate_fn=_same),
-        DataLoader(test, 256, collate_fn=_same),
+        DataLoader(valid, more, collate_fn=_same),
+        DataLoader(test, more, collate_fn=_same),
         order,
     )
 
@@ -122,10 +124,11 @@ def sum_gradients(turn: Turn):
 def rows_of(
     dl,  # a DataLoader, or a list of batches
     rows: torch.Tensor,  # numbers of samples
+    size: int = 256,  # of a batch
 ) -> Iterable:  # batches with these samples; `idx` tells which is which
     "Some samples of a split"
     if isinstance(dl, DataLoader):
-        return with_batches(dl, [r.tolist() for r in rows.split(256)])
+        return with_batches(dl, [r.tolist() for r in rows.split(size)])
     left, found = set(rows.tolist()), []
     for b in dl:
         here = [k for k, i in enumerate(b.idx.tolist()) if i in left]
@@ -133,6 +136,11 @@ def rows_of(
         if here:
             found.append(b.select_rows(torch.tensor(here)))
     return found
+
+
+def _evaluated_at_once(dls: Loaders) -> int:
+    "Samples of a batch of validation and test"
+    return getattr(dls.valid, "batch_size", None) or 256  # a list has no size
 
 
 def with_batches(dl: DataLoader, batches) -> DataLoader:
@@ -173,6 +181,7 @@ class LocalRuntime:
     "One process that trains on the device where the net is"
 
     processes, rank, is_main, device = 1, 0, True, torch.device("cpu")
+    arithmetic = nullcontext  # how exact sums and products are, while the net is used
 
     def prepare(self, learn):
         "Called before training; what is prepared already stays as it is"
@@ -232,7 +241,7 @@ class LocalRuntime:
 
     def training_rows(self, learn, rows: torch.Tensor, share: bool) -> Iterable:
         "Batches of these training samples, not augmented"
-        return rows_of(learn.dls.train, rows)
+        return rows_of(learn.dls.train, rows, _evaluated_at_once(learn.dls))
 
     def agree(self, name: str, wish: bool, now: bool = False) -> bool:
         "Does any process want this?"
@@ -351,22 +360,25 @@ class Learner(TrainState):
     def fit(self, epochs: int):
         "Train until `epochs` epochs are done, counting those done before"
         self.epochs, self.stop = epochs, False
-        try:
-            self.runtime.prepare(self)
-            self.call("before_fit")
-            while self.epoch < self.epochs and not self.stop:
-                self.one_epoch()
-        finally:
-            self.call("after_fit")
+        with self.runtime.arithmetic():
+            try:
+                self.runtime.prepare(self)
+                self.call("before_fit")
+                while self.epoch < self.epochs and not self.stop:
+                    self.one_epoch()
+            finally:
+                self.call("after_fit")
         return self
 
     def predictions(self, dl) -> Pred:
         "Predictions of a whole split, on the CPU"
-        return self.runtime.predictions(self, dl)
+        with self.runtime.arithmetic():
+            return self.runtime.predictions(self, dl)
 
     def encode_split(self, dl) -> Batch:
         "Features of a split, in evaluation mode and on the CPU: `x[m]` is (N,D)"
-        return self.runtime.encode_split(self, dl)
+        with self.runtime.arithmetic():
+            return self.runtime.encode_split(self, dl)
 
     def training_rows(
         self,
@@ -426,13 +438,14 @@ class EpochMetrics:
 
     def means(self) -> dict:
         "Mean loss per turn, weighted by rows, and mean gradient norm per encoder"
-        return {
-            "loss": {
-                k: sum(float(v) * n for v, n in rows) / sum(n for _, n in rows)
-                for k, rows in self.loss.items()
-            },
-            "grad": {m: torch.stack(v).mean().item() for m, v in self.grad.items()},
-        }
+        kept = [v for rows in self.loss.values() for v, _ in rows]
+        kept += [torch.stack(v).mean() for v in self.grad.values()]
+        found = iter(torch.stack(kept).tolist() if kept else ())  # one wait for all
+        loss = {}
+        for k, rows in self.loss.items():
+            total = sum(next(found) * n for _, n in rows)
+            loss[k] = total / sum(n for _, n in rows)
+        return {"loss": loss, "grad": {m: next(found) for m in self.grad}}
 
     def state_dict(self) -> dict:
         "What was counted so far"

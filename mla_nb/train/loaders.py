@@ -63,6 +63,7 @@ def loaders(
     ready: int = 2**30,  # bytes up to which a split is made into tensors, once
     pin: bool = False,  # pinned memory, for a GPU
     shuffle: str = "all",  # or 'shards': only among a few shards at a time
+    at_once: int = 256,  # samples per batch of validation and test
 ) -> Loaders:
     "DataLoaders of a dataset"
     sampler = make_sampler(s.train, seed, shuffle)
@@ -93,7 +94,7 @@ def loaders(
     last_of_one = len(s.train) % batch_size == 1 and len(s.train) > 1
     return Loaders(
         loader(s.train, batch_size=batch_size, sampler=sampler, drop_last=last_of_one),
-        *(loader(p, batch_size=256) for p in (s.valid, s.test)),
+        *(loader(p, batch_size=at_once) for p in (s.valid, s.test)),
         sampler,
     )
 

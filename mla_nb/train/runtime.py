@@ -8,7 +8,9 @@ __all__ = ['compile_encoders', 'start_accelerator', 'tensors', 'PrefetchLoader',
 
 # %% ../../nbs/39_processes.ipynb #d9dbd8c9
 import os
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from ..heads import Net
 from ..methods.base import Turn
 from mla_nb.train.learner import (
     LocalRuntime,
+    _evaluated_at_once,
     accumulate_gradients,
     named_losses,
     rows_of,
@@ -60,8 +63,9 @@ def start_accelerator(
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    # a process may train several nets, each in a precision of its own
-    AcceleratorState._reset_state()
+    # a process may train several nets, each on a device and in a precision of its own;
+    # processes that have found each other stay together
+    AcceleratorState._reset_state(int(os.environ.get("WORLD_SIZE", 1)) == 1)
     # unless told, it forgets about processes without a GPU
     cpu = device == "cpu" or not torch.accelerator.is_available()
     acc, n = (
@@ -113,6 +117,7 @@ class PrefetchLoader:
         "One batch is copied while the one before is used"
         side, ready = torch.cuda.Stream(self.device), []
         for b in self.batches():
+            b = b.pin_memory()  # what is pinned already stays; varied pictures are not
             with torch.cuda.stream(side):
                 ready.append((b.to(self.device), side.record_event()))
             if len(ready) > 1:
@@ -404,7 +409,9 @@ class Processes(LocalRuntime):
         dl = learn.dls.train.dl
         dl = dl.train if isinstance(dl, ProcessLoader) else dl
         own = rows.tensor_split(self.processes)[self.rank] if share else rows
-        return PrefetchLoader(rows_of(dl, own), self.device)
+        return PrefetchLoader(
+            rows_of(dl, own, _evaluated_at_once(learn.dls)), self.device
+        )
 
     def settle(self, net: Net):
         "Running statistics of batch norm become the mean over the processes"
@@ -427,6 +434,39 @@ class Processes(LocalRuntime):
         self.apart = False
 
 # %% ../../nbs/39_processes.ipynb #3e08e071
+@contextmanager
+def _arithmetic(tf32: bool, deterministic: bool):
+    "How exact a GPU is, and whether it repeats itself; afterwards all is as before"
+    cudnn = torch.backends.cudnn
+    matmul, convolution = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    repeats = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    algorithms = cudnn.deterministic, cudnn.benchmark
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    cudnn.allow_tf32 = tf32  # PyTorch's default is True
+    if deterministic:
+        # cuBLAS asks for this before its first product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        cudnn.allow_tf32 = convolution
+        torch.use_deterministic_algorithms(repeats, warn_only=warns)
+        cudnn.deterministic, cudnn.benchmark = algorithms
+
+
+def _channels_last(x):
+    "Pictures (B,3,H,W) and clips (B,N,3,H,W) in the layout that convolutions like"
+    if isinstance(x, dict) or x.dim() not in (4, 5):
+        return x
+    flat = x.flatten(0, x.dim() - 4)
+    flat = flat.contiguous(memory_format=torch.channels_last)
+    return flat if x.dim() == 4 else flat.unflatten(0, x.shape[:2])
+
+
 class Runtime(Processes):
     "Devices, precision, micro-batches and processes, by Hugging Face Accelerate"
 
@@ -436,7 +476,9 @@ class Runtime(Processes):
         precision: str = "no",  # or 'bf16', for the encoders
         channels_last: bool = False,  # memory layout of pictures and filters
         compiled: bool = False,  # torch.compile, where it works
-        tf32: bool = False,  # faster, less exact matrix products on a GPU
+        tf32: bool = False,  # faster, less exact products on a GPU
+        # a GPU repeats its numbers: slower, and some operations are refused
+        deterministic: bool = False,
         micro_batch_size: int = 0,  # rows that are encoded at once; 0: the whole turn
         augment: str = "",  # training pictures: '', 'crop', 'flip' or 'crop,flip'
     ):
@@ -448,7 +490,8 @@ class Runtime(Processes):
             precision,
             channels_last,
         )
-        self.compiled, self.tf32, self.augment = compiled, tf32, augment
+        self.compiled, self.augment = compiled, augment
+        self.arithmetic = partial(_arithmetic, tf32, deterministic)
         self.micro_batch_size, self.empty = micro_batch_size, {}
 
     def prepare(self, learn):
@@ -478,8 +521,6 @@ class Runtime(Processes):
             net.to(memory_format=torch.channels_last)
         # the optimizer's state follows the parameters
         learn.opt.load_state_dict(learn.opt.state_dict())
-        if self.tf32:
-            torch.set_float32_matmul_precision("high")
         if self.compiled:
             compile_encoders(net, self.device)
 
@@ -501,6 +542,8 @@ class Runtime(Processes):
 
     def features(self, net: Net, b: Batch) -> dict:
         "Encode a batch, in the precision asked for; the head gets 32 bits"
+        if self.channels_last:
+            b = replace(b, x={m: _channels_last(v) for m, v in b.x.items()})
         if self.precision == "no":
             return net.features(b)
         with self.acc.autocast():

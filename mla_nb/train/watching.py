@@ -40,12 +40,24 @@ class StopOnNaN(Callback):
         self.every, self.folder, self.k, self.seen = every, folder, 0, []
 
     def after_backward(self, learn, turn):
-        "Note the loss, and look at it: at once on a CPU, now and then on a GPU"
+        "Note loss and gradient; look at them: at once on a CPU, now and then on a GPU"
         self.k += 1
         where = turn.epoch, turn.step, turn.modalities
-        self.seen.append((turn.loss, *where, turn.rows.idx))  # of all processes
-        if turn.loss.device.type == "cpu" or self.k % self.every == 0:
+        at_once = turn.loss.device.type == "cpu"
+        # squares are faster, and may overflow: then `look` takes the largest
+        size = self.size(learn, 2 if at_once else math.inf)
+        values = torch.stack([turn.loss.float(), size.float()])
+        self.seen.append((values, *where, turn.rows.idx))  # of all processes
+        if at_once or self.k % self.every == 0:
             self.look(learn)
+
+    def size(self, learn, power) -> torch.Tensor:
+        "Not finite, if any gradient is not; on the device"
+        grads = [p.grad for p in learn.net.parameters() if p.grad is not None]
+        if not grads:
+            return torch.zeros((), device=learn.runtime.device)
+        each = torch.stack(torch._foreach_norm(grads, power))
+        return each.max() if power == math.inf else each.sum()
 
     def after_epoch(self, learn):
         "Look at what has not been looked at"
@@ -54,20 +66,15 @@ class StopOnNaN(Callback):
 
     def look(self, learn):
         "Wait for the device, once for all turns since the last look"
-        grads = [p.grad for p in learn.net.parameters() if p.grad is not None]
-        # not finite, if any gradient is not
-        worst = [torch.stack(torch._foreach_norm(grads)).sum()] if grads else []
-        found = [*(loss for loss, *_ in self.seen), *worst]
-        found = torch.stack([v.float() for v in found]).tolist()  # one wait
+        found = torch.stack([values for values, *_ in self.seen]).tolist()  # one wait
         seen, self.seen = self.seen, []
-        for value, about in zip(found, seen):
-            if not math.isfinite(value):
-                self.stop(learn, f"loss is {value}", *about[1:])
-        if grads and not math.isfinite(found[-1]):
-            # slower, but squares cannot overflow
-            largest = torch.stack(torch._foreach_norm(grads, math.inf)).max().item()
-            if not math.isfinite(largest):
-                self.stop(learn, f"gradient is {largest}", *seen[-1][1:])
+        for (loss, size), (_, *about) in zip(found, seen):
+            if not math.isfinite(loss):
+                self.stop(learn, f"loss is {loss}", *about)
+            if not math.isfinite(size) and len(seen) == 1:
+                size = self.size(learn, math.inf).item()
+            if not math.isfinite(size):
+                self.stop(learn, f"gradient is {size}", *about)
 
     def stop(self, learn, what, epoch, step, mods, rows):
         "Write down what happened, and end training"
