@@ -295,3 +295,31 @@ def test_a_preprocessor_keeps_its_arguments():
 
     with pytest.raises(InputError, match="Lost takes 'bins' and keeps no attribute"):
         Lost().config()
+
+
+@pytest.mark.parametrize(
+    "method, option, value",
+    [
+        ("mla_released", "rows", 0),
+        ("mla_released", "rows", -2),
+        ("mla_released", "fusion", "fixd"),
+        ("pmr", "alpha", -1),
+        ("pmr", "alpha", "x"),
+        ("mmpareto", "gamma", "abc"),
+        ("mmpareto", "gamma", 0),
+        ("cggm", "lam", -1),
+        ("cggm", "rho", "abc"),
+        ("agm", "alpha", -1),
+        ("arl", "gamma", "abc"),
+        ("dropout", "p", 1.5),
+        ("g2d", "tau", 0),
+        ("mses", "patience", 0),
+        ("ogm", "alpha", -1),
+        ("ogm_plus", "factor", 0.5),
+        ("relearning", "every", 0),
+        ("umt", "scale", -1),
+    ],
+)
+def test_a_wrong_option_of_a_method_is_one_sentence(method, option, value):
+    with pytest.raises(InputError, match=f"{option}|{value}"):
+        methods[method](**{option: value})

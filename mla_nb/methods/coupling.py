@@ -81,6 +81,9 @@ class PMR(Callback):
         early: int = 10,  # 'paper': in these epochs only
     ):
         _check_form(form)
+        validate_option("alpha", alpha, float, 0)
+        validate_option("mu", mu, float, 0)
+        validate_option("early", early, int, 0)
         validate_option("share", share, float, 0, 1)
         validate_option("momentum", momentum, float, 0, 1)
         self.alpha, self.momentum, self.share = alpha, momentum, share

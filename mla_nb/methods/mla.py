@@ -8,7 +8,7 @@ __all__ = ['mla', 'mla_fixed', 'BatchGate', 'ZeroGradients', 'mla_released', 'ml
 # %% ../../nbs/11_mla.ipynb #409f0b2e
 import torch
 
-from ..core import Splits, call, methods, unknown
+from ..core import Splits, call, methods, unknown, validate_option
 from ..heads import SharedHead
 from .base import GradTransform, Method, predictions, scores
 from .ensemble import alternating
@@ -57,7 +57,7 @@ class BatchGate:
     "The released code's rule: `rows` samples share one weight for each modality"
 
     def __init__(self, rows: int = 64):
-        self.rows = rows
+        self.rows = validate_option("rows", rows, int, 1)
 
     def __call__(self, logits, present):
         "(M,B) weights, 0 where absent; in an exported graph, one call is one group"

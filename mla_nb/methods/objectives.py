@@ -110,7 +110,7 @@ class MMPareto(GradTransform):
         # 'paper': one length per encoder; 'released': one per parameter tensor
         form: str = "paper",
     ):
-        if not gamma > 0:
+        if not validate_option("gamma", gamma, float) > 0:
             raise InputError(
                 f"gamma={gamma!r}: must be above 0; the paper's code: 1.5."
             )
@@ -282,8 +282,9 @@ class CGGM(GradTransform):
         # B is not bounded, and all gradients are clipped to norm 0.8
         form: str = "paper",
     ):
-        if not rho > 0 or not lam >= 0:
-            raise InputError(f"rho={rho!r} must be above 0, and lam={lam!r} not below.")
+        validate_option("lam", lam, float, 0)
+        if not validate_option("rho", rho, float) > 0:
+            raise InputError(f"rho={rho!r}: must be above 0.")
         if form not in ("paper", "released"):
             raise unknown("form", form, ["paper", "released"])
         self.rho, self.lam, self.form = rho, lam, form
