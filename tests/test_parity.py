@@ -367,6 +367,7 @@ def test_e_qmf(branch):
             encoders=dict.fromkeys(mods), head=lambda one: next(iter(one.values()))
         ),
         dls=SimpleNamespace(sampler=Shuffle(n)),
+        runtime=SimpleNamespace(device=torch.device("cpu")),
     )
     loss.before_fit(learn)
     for i in range(calls):
