@@ -18,7 +18,8 @@ from mla_nb.runs.run import _callbacks, read_history, run
 
 discover()
 CASES = {name: (name, {}) for name in sorted(methods)}
-CASES |= {name: (name.split()[0], how) for name, how in VARIANTS.items()}
+LATE = "early", "often", "learned"  # variants that act at once, and not after epochs
+CASES |= {n: (n.split()[0], how) for n, how in VARIANTS.items() if n.endswith(LATE)}
 
 
 class Dead(BaseException):
