@@ -38,7 +38,8 @@ def test_every_dataset_keeps_the_contract(prepared):
     assert set(s.modalities) == set(MODALITIES[name])
 
 
-# every method with half of the inputs missing, these also with all of them; tests/test_contracts.py trains the others with all
+# every method with half of the inputs missing, these with all of them, too;
+# tests/test_contracts.py trains the others with all
 COMPLETE = (
     "concat",
     "ensemble",
