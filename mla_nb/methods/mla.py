@@ -54,7 +54,11 @@ def mla_fixed(
 
 # %% ../../nbs/11_mla.ipynb #e536a91c
 class BatchGate:
-    "The released code's rule: `rows` samples share one weight for each modality"
+    """The released code's rule: `rows` samples share one weight for each modality.
+
+    What is predicted at once (at most 256 samples, or four training batches) is cut into
+    groups of so many; so `rows` should be the training batch size.
+    """
 
     def __init__(self, rows: int = 64):
         self.rows = validate_option("rows", rows, int, 1)
