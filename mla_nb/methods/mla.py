@@ -56,8 +56,8 @@ def mla_fixed(
 class BatchGate:
     """The released code's rule: `rows` samples share one weight for each modality.
 
-    What is predicted at once (at most 256 samples, or four training batches) is cut into
-    groups of so many; so `rows` should be the training batch size.
+    What is predicted at once (at most 256 samples, or four training batches) is cut
+    into groups of so many; so `rows` should be the training batch size.
     """
 
     def __init__(self, rows: int = 64):
