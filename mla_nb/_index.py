@@ -3,35 +3,75 @@
 INDEX = {
     "datasets": {
         "cremad": {
-            "encoder": "resnet18",
-            "epochs": 100,
-            "batch_size": 64,
-            "lr": 0.001
+            "paper": {
+                "encoder": "audio=resnet18,video=resnet18(imagenet=True)",
+                "augment": "resized,flip,each",
+                "epochs": 100,
+                "batch_size": 64,
+                "lr": 0.001,
+                "optimizer": "sgd",
+                "momentum": 0.9,
+                "weight_decay": 0.0001,
+                "schedule": "step",
+                "precision": "auto"
+            }
         },
         "digits": {},
         "food101": {
-            "encoder": "image=resnet18,text=small",
-            "epochs": 100,
-            "batch_size": 64,
-            "lr": 0.001
+            "paper": {
+                "encoder": "image=m3ae(weights=weights/m3ae_base.pkl,pixels=256,pool=all,imagenet=True,center=True,bicubic=True),text=m3ae(weights=weights/m3ae_base.pkl,tokenizer=weights/vocab.txt,length=256,pool=all)",
+                "augment": "resized,flip,color",
+                "epochs": 100,
+                "batch_size": 64,
+                "lr": 0.001,
+                "optimizer": "sgd",
+                "momentum": 0.9,
+                "weight_decay": 0.0001,
+                "schedule": "step",
+                "precision": "auto"
+            }
         },
         "iemocap": {
-            "encoder": "audio=resnet18,video=resnet18,text=small",
-            "epochs": 100,
-            "batch_size": 64,
-            "lr": 0.001
+            "paper": {
+                "encoder": "audio=cavmae(weights=weights/cavmae.pth),video=m3ae(weights=weights/m3ae_base.pkl,pixels=256,pool=all,imagenet=True,center=True,bicubic=True),text=m3ae(weights=weights/m3ae_base.pkl,tokenizer=weights/vocab.txt,length=256,pool=all)",
+                "augment": "resized,flip,color",
+                "epochs": 100,
+                "batch_size": 64,
+                "lr": 0.001,
+                "optimizer": "sgd",
+                "momentum": 0.9,
+                "weight_decay": 0.0001,
+                "schedule": "step",
+                "precision": "auto"
+            }
         },
         "kinetics": {
-            "encoder": "resnet18",
-            "epochs": 100,
-            "batch_size": 64,
-            "lr": 0.001
+            "paper": {
+                "encoder": "audio=resnet18,video=resnet18(imagenet=True)",
+                "augment": "resized,flip,each",
+                "epochs": 100,
+                "batch_size": 64,
+                "lr": 0.001,
+                "optimizer": "sgd",
+                "momentum": 0.9,
+                "weight_decay": 0.0001,
+                "schedule": "step",
+                "precision": "auto"
+            }
         },
         "mvsa": {
-            "encoder": "image=resnet18,text=small",
-            "epochs": 100,
-            "batch_size": 64,
-            "lr": 0.001
+            "paper": {
+                "encoder": "image=m3ae(weights=weights/m3ae_base.pkl,pixels=256,pool=all,imagenet=True,center=True,bicubic=True),text=m3ae(weights=weights/m3ae_base.pkl,tokenizer=weights/vocab.txt,length=256,pool=all)",
+                "augment": "resized,flip,color",
+                "epochs": 100,
+                "batch_size": 64,
+                "lr": 0.001,
+                "optimizer": "sgd",
+                "momentum": 0.9,
+                "weight_decay": 0.0001,
+                "schedule": "step",
+                "precision": "auto"
+            }
         },
         "own": {},
         "synthetic": {}

@@ -23,7 +23,14 @@ from typing import Annotated
 import typer
 
 from ._index import INDEX
-from .runs.config import PRESET, Run, split_list, with_args, with_options
+from mla_nb.runs.config import (
+    PRESET,
+    Run,
+    preset_text,
+    split_list,
+    with_args,
+    with_options,
+)
 from .tools import InputError, read_json, unknown, write_atomic
 
 # %% ../nbs/49_command.ipynb #bb81942f
@@ -152,9 +159,12 @@ def train(**fields):
     given = given_fields(fields)
     check_names(given)
     cfg = Run(**given)
-    from mla_nb.runs.run import run
+    from mla_nb.runs.run import run, settled
     from mla_nb.train.checkpoints import is_main
 
+    cfg = settled(cfg)
+    if is_main():
+        print(preset_text(cfg))
     r = run(cfg)
     if is_main():
         print(summary(r))

@@ -27,7 +27,14 @@ from .core import Splits, datasets
 from .methods.base import Pred
 from .missing import draw_item
 from .runs.config import Run, split_list, with_args, with_options
-from .runs.run import RunFolder, make_dataset, make_method, read_history, run
+from mla_nb.runs.run import (
+    RunFolder,
+    make_dataset,
+    make_method,
+    read_history,
+    run,
+    settled,
+)
 from .tools import InputError, read_json
 from .train.checkpoints import Stopped, load_pred
 from .train.learner import plot_learning
@@ -471,7 +478,7 @@ def plan(
     "Every dataset with every method and seed"
     runs, seeds = [], seed_list(seeds)
     for d, options in map(with_options, split_list(datasets)):
-        base = Run(dataset=d, dataset_args=options, **common)
+        base = settled(Run(dataset=d, dataset_args=options, **common))
         if base.missing or base.missing_test:
             make_dataset(base)  # has it these modalities?
         for m, args in map(with_options, split_list(methods)):

@@ -294,7 +294,8 @@ class DatasetSpec:
     make: Callable  # (data, seed, **options), or some of them -> Splits
     modalities: tuple = ()  # their names; empty: only its files tell
     classes: tuple = ()  # their names; empty: only its files tell
-    preset: dict = field(default_factory=dict)  # fields of `Run` -> values
+    presets: dict = field(default_factory=dict)  # name -> fields of `Run` and values
+    stored: dict = field(default_factory=dict)  # preset -> options of `prepare`
     prepare: Callable | None = None  # its preparation's command line: (argv, doc)
     folder: Callable | None = None  # (data, **options) -> where `prepare` puts it
     reader: Callable | None = None  # (m, source, options, modality, key) -> item

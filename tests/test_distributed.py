@@ -729,7 +729,7 @@ def test_one_sum_of_gradients_losses_and_what_was_used():
             "accumulation_steps=0: must be a whole number of at least 1",
         ),
         ({"shuffle": "shard"}, "must be 'all' or 'shards'"),
-        ({"augment": "zoom"}, "'crop', 'flip' or 'crop,flip'"),
+        ({"augment": "zoom"}, "words of resized"),
         ({"acumulation_steps": 2}, "did you mean 'accumulation_steps'"),
     ],
 )

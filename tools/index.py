@@ -32,7 +32,7 @@ def registries() -> dict:
                 f"{', '.join(KINDS)} for kind."
             )
         families.setdefault(family, []).append(kind)
-    presets = {k: dict(getattr(datasets[k], "preset", {})) for k in sorted(datasets)}
+    presets = {k: dict(getattr(datasets[k], "presets", {})) for k in sorted(datasets)}
     return {
         "datasets": presets,
         "methods": sorted(methods),

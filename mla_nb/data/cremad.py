@@ -202,7 +202,14 @@ def cremad_main(
 @datasets.register(
     modalities=("audio", "video"),
     classes=tuple(EMOTIONS.values()),
-    preset={"encoder": "resnet18", **PAPER},
+    presets={
+        "paper": {
+            "encoder": "audio=resnet18,video=resnet18(imagenet=True)",
+            "augment": "resized,flip,each",
+            **PAPER,
+        }
+    },
+    stored={"paper": {"audio": "fbank", "size": 224, "store": 360, "pick": "starts"}},
     prepare=cremad_main,
     folder=partial(media_folder, "cremad"),
     reader=media_item,

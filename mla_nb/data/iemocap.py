@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ..core import InputError, Splits, datasets, unknown
+from .food101 import M3AE_IMAGE, M3AE_TEXT
 from mla_nb.data.media import (
     PAPER,
     check_rows,
@@ -276,7 +277,15 @@ def iemocap_main(
 @datasets.register(
     modalities=("audio", "video", "text"),
     classes=tuple(CLASSES),
-    preset={"encoder": "audio=resnet18,video=resnet18,text=small", **PAPER},
+    presets={
+        "paper": {
+            "encoder": f"audio=cavmae(weights=weights/cavmae.pth),video={M3AE_IMAGE},"
+            + M3AE_TEXT,
+            "augment": "resized,flip,color",
+            **PAPER,
+        }
+    },
+    stored={"paper": {"audio": "fbank", "frames": 1, "size": 256, "store": 256}},
     prepare=iemocap_main,
     folder=partial(media_folder, "iemocap"),
     reader=media_item,

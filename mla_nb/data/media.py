@@ -23,9 +23,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import InputError, Modality, Splits, unknown, validate_option
+from mla_nb.core import (
+    InputError,
+    Modality,
+    Splits,
+    datasets,
+    unknown,
+    validate_option,
+)
 from .decode import encode_image, file_problem, load_wave
-from .prepared import META, evenly, load_prepared, pack, prepare, unpack
+from mla_nb.data.prepared import (
+    META,
+    PICKS,
+    evenly,
+    load_prepared,
+    pack,
+    prepare,
+    unpack,
+)
 from ..signals import excerpt, fbank, log_mel, log_spectrogram, tile
 from ..tools import read_json
 
@@ -88,6 +103,7 @@ def video_frames(
     span=None,  # (start, end) in seconds; None: all of it
     crop=None,  # (left, top, right, bottom) as shares of width and height
     size: int | None = None,  # pixels along each side; None: as they are
+    keep: bool = False,  # `size` is the shorter side at most; otherwise size × size
     limit: int = 10,  # at most so many, spread evenly
 ) -> list:  # (3,H,W) uint8 pictures in time order
     "Frames of a clip at regular times; an `InputError` says why it cannot be read"
@@ -135,7 +151,7 @@ def video_frames(
         )
     found = found or [last.to_image()]  # a span between two frames
     return [
-        _shrink(im, crop, size)
+        _shrink(im, crop, size, keep)
         for im in (
             [found[i] for i in evenly(len(found), limit)]
             if len(found) > limit
@@ -144,11 +160,15 @@ def video_frames(
     ]
 
 
-def _shrink(im, crop, size):
+def _shrink(im, crop, size, keep=False):
+    "A picture cut and shrunk; with its proportions it is never enlarged"
     w, h = im.size
     if crop:
         im = im.crop(tuple(round(s * n) for s, n in zip(crop, (w, h, w, h))))
-    if size:
+    share = size / min(im.size) if size and keep else 1
+    if share < 1:
+        im = im.resize([round(share * n) for n in im.size], 2, reducing_gap=2.0)
+    elif size and not keep:
         im = im.resize((size, size), 2, reducing_gap=2.0)
     return torch.from_numpy(np.array(im.convert("RGB"))).permute(2, 0, 1)
 
@@ -264,6 +284,8 @@ def media_options(
     fps: float = 1.0,
     frames: int = 3,
     size: int = 224,
+    store: int = 0,
+    pick: str = "middles",
     seed: int = 0,
     **more,  # of the dataset's own; stored with these
 ) -> dict:
@@ -272,6 +294,14 @@ def media_options(
         raise unknown("audio feature", audio, FEATURES)
     validate_option("frames", frames, int, 1, 10)
     validate_option("size", size, int, 16, 1024)
+    validate_option("store", store, int, 0, 2048)
+    if pick not in PICKS:
+        raise unknown("way to pick frames", pick, PICKS)
+    if 0 < store < size:
+        raise InputError(
+            f"store={store}: pictures stored with a shorter side of {store} pixels "
+            f"cannot fill {size} × {size}; store at least {size}, or 0 for squares."
+        )
     validate_option("seed", seed, int, 0)
     return dict(
         audio=audio,
@@ -279,6 +309,8 @@ def media_options(
         fps=validate_option("fps", fps, float, 0.1, 30),
         frames=frames,
         size=size,
+        store=store,
+        pick=pick,
         seed=seed,
         **more,
     )
@@ -330,7 +362,9 @@ def media_modalities(
             },
         ),
         "video": lambda: Modality(
-            "video", "frames", {"size": o["size"], "fps": o["fps"], "use": o["frames"]}
+            "video",
+            "frames",
+            {k: o[k] for k in ("size", "fps", "pick")} | {"use": o["frames"]},
         ),
         "image": lambda: Modality("image", "image", {"size": o["size"]}),
         "text": lambda: Modality("text", "text"),
@@ -352,20 +386,29 @@ def read_media(
         out["video"] = [
             encode_image(f, "JPEG")
             for f in video_frames(
-                row["video"], 1 / o["fps"], span, row.get("crop"), o["size"]
+                row["video"], 1 / o["fps"], span, row.get("crop"), *_stored_size(o)
             )
         ]
     if row.get("image"):
-        out["image"] = encode_image(open_image(row["image"], o["size"]), "JPEG")
+        out["image"] = encode_image(open_image(row["image"], *_stored_size(o)), "JPEG")
     if row.get("text_file"):
         out["text"] = " ".join(read_text(row["text_file"]).split())
     elif row.get("text") is not None:
         out["text"] = row["text"]
     return out
 
+
+def _stored_size(o) -> tuple:
+    "Pixels of a stored picture, and whether it keeps its proportions"
+    return (o["store"], True) if o["store"] else (o["size"], False)
+
 # %% ../../nbs/24_files.ipynb #3b0bdb78
-def open_image(path, size: int | None = None):
-    "An image file as (3,H,W) uint8, shrunk to size × size"
+def open_image(
+    path,  # of an image file
+    size: int | None = None,  # pixels along a side; None: as it is
+    keep: bool = False,  # `size` is the shorter side at most; otherwise size × size
+):
+    "An image file as (3,H,W) uint8"
     from PIL import Image
 
     head, n = _head(path, "image")
@@ -377,7 +420,7 @@ def open_image(path, size: int | None = None):
                 im.draft(
                     "RGB", (size, size)
                 )  # lets the JPEG decoder shrink by 2, 4 or 8 on the way
-            return _shrink(im.convert("RGB"), None, size)
+            return _shrink(im.convert("RGB"), None, size, keep)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(
             f"{path}: not a readable image ({str(e).split('<')[0].strip()}); fetch it "
@@ -733,7 +776,11 @@ HELP = {
     "seconds": "of sound per clip",
     "fps": "frames stored per second of video",
     "frames": "frames that a sample shows",
-    "size": "pixels along a side",
+    "size": "pixels along a side, as encoders see pictures",
+    "store": "store pictures with their proportions, the shorter side at most so many "
+    "pixels; 0: size × size",
+    "pick": "which of the frames stored: the 'middles' of equal parts, or their "
+    "'starts', as MLA's released code does",
     "seed": "of random splits and of where long clips are cut",
 }
 
@@ -775,6 +822,13 @@ def media_parser(
         metavar="HOW",
         help=f"'random'{splits}; or files: TRAIN TEST, or TRAIN VALID TEST "
         f"(default: {default})",
+    )
+    p.add_argument(
+        "--preset",
+        default="small",
+        metavar="NAME",
+        help="what is stored where no option below says so: 'small', or 'paper', "
+        "as the dataset's published settings have it (default: small)",
     )
     p.add_argument(
         "--absent",
@@ -835,17 +889,23 @@ def media_main(
 ):
     "A preparation script; everything a user can do wrong is one sentence"
     a = vars(media_parser(name, doc, splits, default, **extra).parse_args(argv))
-    root, made = a.pop("root"), a.pop("miniature")
-    a = {k: v for k, v in a.items() if v is not None}
+    root, made, preset = a.pop("root"), a.pop("miniature"), a.pop("preset")
+    given = {k: v for k, v in a.items() if v is not None}
+    told = datasets[name].stored if name in datasets else {}
+    if preset not in (known := {"small": {}, **told}):
+        raise SystemExit(f"prepare_{name}: {unknown('preset', preset, known)}")
+    a = {**known[preset], **given}
 
     def prepare_root():
         if not made:
             return prepare_it(root, **a)
         small = miniature(name, Path(a["data"]) / "raw" / f"{name}-miniature")
         print(f"{small}: a made miniature of {name}; nothing in it was recorded")
-        return prepare_it(
-            small, **{**SMALL, **a, "variant": a["variant"] or "miniature"}
-        )
+        little = {**SMALL, **known[preset], "size": SMALL["size"]}
+        if little.get("store"):
+            little["store"] = 4 * SMALL["size"] // 3  # as 64 to 48
+        variant = a["variant"] or "miniature"
+        return prepare_it(small, **{**little, **given, "variant": variant})
 
     in_a_sentence(name, prepare_root)
 
@@ -963,7 +1023,7 @@ def _stored(m, x, o, key):
             _shrink(
                 Image.fromarray(f.permute(1, 2, 0).contiguous().numpy()),
                 None,
-                o["size"],
+                *_stored_size(o),
             ),
             "JPEG",
         )
@@ -971,7 +1031,16 @@ def _stored(m, x, o, key):
     return jpeg(x) if m == "image" else [jpeg(f) for f in x]
 
 # %% ../../nbs/24_files.ipynb #1b7fab19
-PAPER = {"epochs": 100, "batch_size": 64, "lr": 1e-3}
+PAPER = {
+    "epochs": 100,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "schedule": "step",
+    "precision": "auto",
+}
 
 
 def load_media(

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ..core import InputError, Splits, datasets, unknown
-from .food101 import INCOMPLETE, prepare_pairs, split_by_lists
+from .food101 import INCOMPLETE, PRETRAINED, prepare_pairs, split_by_lists
 from mla_nb.data.media import (
     PAPER,
     check_rows,
@@ -238,13 +238,17 @@ def mvsa_main(
         seconds=None,
         fps=None,
         frames=None,
+        pick=None,
     )
 
 # %% ../../nbs/35_mvsa.ipynb #5b804c8e
 @datasets.register(
     modalities=("image", "text"),
     classes=tuple(POLARITIES),
-    preset={"encoder": "image=resnet18,text=small", **PAPER},
+    presets={
+        "paper": {"encoder": PRETRAINED, "augment": "resized,flip,color", **PAPER}
+    },
+    stored={"paper": {"size": 256, "store": 512}},
     prepare=mvsa_main,
     folder=partial(media_folder, "mvsa"),
     reader=media_item,

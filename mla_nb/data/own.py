@@ -522,7 +522,14 @@ def kinetics_main(
 # %% ../../nbs/37_own.ipynb #74a4c7f2
 @datasets.register(
     modalities=("audio", "video"),
-    preset={"encoder": "resnet18", **PAPER},
+    presets={
+        "paper": {
+            "encoder": "audio=resnet18,video=resnet18(imagenet=True)",
+            "augment": "resized,flip,each",
+            **PAPER,
+        }
+    },
+    stored={"paper": {"audio": "fbank", "size": 224, "store": 360, "pick": "starts"}},
     prepare=kinetics_main,
     folder=partial(media_folder, "kinetics"),
     reader=media_item,

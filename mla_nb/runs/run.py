@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'make_dataset', 'make_method', 'encoder_names', 'make_encoders', 'make_opt', 'fused_sgd', 'environment',
-           'TensorBoard', 'data_checksum', 'RunFolder', 'build', 'make_runtime', 'run', 'read_history', 'load_run']
+           'TensorBoard', 'data_checksum', 'RunFolder', 'build', 'settled', 'make_runtime', 'run', 'stored_note',
+           'read_history', 'load_run']
 
 # %% ../../nbs/43_runs.ipynb #a0949d8d
 import json
@@ -399,9 +400,19 @@ def build(
         shuffle=cfg.shuffle,
         # nothing is kept for a backward pass: more rows fit
         at_once=min(256, 4 * cfg.batch_size),
+        augment=cfg.augment,
     )
     how = make_opt(cfg), _callbacks(cfg), cfg.seed, make_runtime(cfg)
     return Learner(net, dls, method, *how)
+
+
+def settled(cfg: Run) -> Run:
+    "A run whose precision is decided: 'auto' is bf16 on a GPU that has it"
+    if cfg.precision != "auto":
+        return cfg
+    gpu = cfg.device == "auto" and torch.cuda.is_available()
+    fast = gpu and torch.cuda.is_bf16_supported()
+    return cfg.replace(precision="bf16" if fast else "no")
 
 
 def make_runtime(cfg: Run) -> Runtime:
@@ -414,7 +425,6 @@ def make_runtime(cfg: Run) -> Runtime:
         cfg.tf32,
         cfg.deterministic,
         micro_batch_size=cfg.batch_size if cfg.accumulation_steps > 1 else 0,
-        augment=cfg.augment,
     )
 
 
@@ -454,7 +464,7 @@ def run(
     root=None,  # folder of runs, instead of `cfg.root`
 ) -> dict:  # what result.json holds
     "Train, choose the epoch on validation, test once; resume, and repeat nothing"
-    cfg = cfg if root is None else cfg.replace(root=str(root))
+    cfg = settled(cfg if root is None else cfg.replace(root=str(root)))
     make_method(cfg)  # wrong names are the cheapest to find
     folder = RunFolder(cfg.folder)
     if done := folder.claim(cfg):
@@ -463,6 +473,8 @@ def run(
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     was_there, s = folder.path.exists(), make_dataset(cfg)
+    if is_main() and (note := stored_note(cfg, s)):
+        print(note)
     learn = build(cfg, s, _stored_preprocessors(folder, cfg, s))
     try:
         with folder.lock() if is_main() else nullcontext():
@@ -480,6 +492,20 @@ def run(
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return folder.claim(cfg)
+
+
+def stored_note(cfg, s: Splits) -> str:
+    "How a dataset was prepared otherwise than the preset `paper` has it; '' if not"
+    wanted = datasets[cfg.dataset].stored.get(cfg.preset, {})
+    odd = {k: v for k, v in wanted.items() if s.info.get(k) != v}
+    if not odd:
+        return ""
+    here = ", ".join(f"{k}={s.info.get(k)}" for k in odd)
+    return (
+        f"note: the data were prepared with {here}, where the preset has "
+        f"{', '.join(f'{k}={v}' for k, v in odd.items())} "
+        f"(mla prepare {cfg.dataset} --preset {cfg.preset} …)"
+    )
 
 
 def _train_and_test(folder, cfg, s, learn):

@@ -128,7 +128,8 @@ def rows_of(
 ) -> Iterable:  # batches with these samples; `idx` tells which is which
     "Some samples of a split"
     if isinstance(dl, DataLoader):
-        return with_batches(dl, [r.tolist() for r in rows.split(size)])
+        plain = getattr(dl.collate_fn, "plain", None)  # without augmentation
+        return with_batches(dl, [r.tolist() for r in rows.split(size)], plain)
     left, found = set(rows.tolist()), []
     for b in dl:
         here = [k for k, i in enumerate(b.idx.tolist()) if i in left]
@@ -143,15 +144,15 @@ def _evaluated_at_once(dls: Loaders) -> int:
     return getattr(dls.valid, "batch_size", None) or 256  # a list has no size
 
 
-def with_batches(dl: DataLoader, batches) -> DataLoader:
+def with_batches(dl: DataLoader, batches, collate_fn=None) -> DataLoader:
     "The same loader with other batches (lists of rows)"
     return DataLoader(
         dl.dataset,
         batch_sampler=batches,
-        collate_fn=dl.collate_fn,
+        collate_fn=collate_fn or dl.collate_fn,
         num_workers=dl.num_workers,
         pin_memory=dl.pin_memory,
-        persistent_workers=dl.num_workers > 0,
+        persistent_workers=dl.persistent_workers,
     )
 
 
