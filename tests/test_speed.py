@@ -350,7 +350,7 @@ def test_pictures_vary_by_seed_epoch_and_sample_only():
     for i in small:
         assert one[i].equal(again[i]) and one[i].equal(small[i])
     learn = pictures(augment="crop,flip")
-    learn.epoch = 1
+    learn.dls.sampler.epoch = 1
     assert sum(not one[i].equal(v) for i, v in of(learn).items()) > 50
     assert sum(not one[i].equal(seeded[i]) for i in one if i in seeded) > 50
 
@@ -385,10 +385,13 @@ def test_the_callers_chance_is_left_alone():
 
 
 def test_what_cannot_be_varied():
-    with pytest.raises(InputError, match="did you mean 'flip'"):
-        Runtime(augment="flop")
+    with pytest.raises(InputError, match="words of resized, crop, flip, color, each"):
+        Run(augment="flop")
+    with pytest.raises(InputError, match="words of resized"):
+        Run(augment="each")  # alone it would do nothing
+    assert Run(augment="flip, crop").augment == "crop,flip"
     with pytest.raises(InputError, match="only pictures can be varied"):
-        learner(mla(), [batch()], runtime=Runtime("cpu", augment="flip")).fit(1)
+        pictures(method="unimodal", method_args="modality=audio", augment="flip")
 
 
 def test_a_run_with_everything_on(tmp_path):
