@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['answers', 'metrics', 'features_of', 'linear_probe', 'reliability', 'ece', 'temperature', 'temperatures',
-           'TemperatureScaled', 'error_auroc', 'subset_accuracy', 'shapley', 'modality_gap', 'bootstrap']
+           'TemperatureScaled', 'error_auroc', 'subset_accuracy', 'shapley', 'modality_gap', 'bootstrap_mean',
+           'bootstrap']
 
 # %% ../nbs/22_evaluation.ipynb #097fd538
 import math
@@ -242,13 +243,34 @@ def modality_gap(
     }
 
 # %% ../nbs/22_evaluation.ipynb #a6209661
+def bootstrap_mean(
+    values: list,  # of arrays (N,), one per seed: a number for each test sample
+    shared: bool,  # are the test samples of all seeds the same?
+    n: int = 2000,  # how often to draw
+    seed: int = 0,
+) -> dict:  # the mean over seeds and samples, its 95% interval, and n seeds
+    "Bootstrap over seeds and test samples"
+    rng, size = np.random.default_rng(seed), len(values[0])
+
+    def redrawn():
+        seeds = rng.integers(0, len(values), len(values))
+        if shared:
+            rows = rng.integers(0, size, size)
+            return np.mean([values[i][rows].mean() for i in seeds])
+        return np.mean([rng.choice(values[i], len(values[i])).mean() for i in seeds])
+
+    low, high = np.quantile([redrawn() for _ in range(n)], [0.025, 0.975])
+    mean = float(np.mean([v.mean() for v in values]))
+    return {"mean": mean, "low": float(low), "high": float(high), "n": len(values)}
+
+
 def bootstrap(
     a: list,
     b: list,  # of `Pred`, one per seed, in the same order of seeds
     n: int = 2000,  # how often to draw
     seed: int = 0,
 ) -> dict:  # mean difference a - b in fused accuracy, and its 95% interval
-    "Paired bootstrap over seeds and test samples"
+    "Paired bootstrap over seeds and test samples, which the seeds may share"
     if len(a) != len(b) or not a:
         raise InputError(
             f"{len(a)} and {len(b)} runs: a paired comparison needs the same seeds "
@@ -258,26 +280,14 @@ def bootstrap(
     def right(p):
         return (p.fused.argmax(1) == p.y).double()[p.idx.argsort()].numpy()
 
+    def labels(p):
+        return p.idx.sort().values.tolist(), p.y[p.idx.argsort()].tolist()
+
     if any(len(p.y) != len(q.y) for p, q in zip(a, b)):
         raise InputError(
             "the two sides were tested on different numbers of samples; "
             "compare runs on the same dataset."
         )
     diff = [right(p) - right(q) for p, q in zip(a, b)]
-    rng = np.random.default_rng(seed)
-    drawn = [
-        np.mean(
-            [
-                rng.choice(diff[i], len(diff[i])).mean()
-                for i in rng.integers(0, len(diff), len(diff))
-            ]
-        )
-        for _ in range(n)
-    ]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {
-        "mean": float(np.mean([d.mean() for d in diff])),
-        "low": float(low),
-        "high": float(high),
-        "n": len(diff),
-    }
+    shared = all(labels(p) == labels(a[0]) for p in a)
+    return bootstrap_mean(diff, shared, n, seed)

@@ -90,7 +90,13 @@ def forked(
 
 # %% ../nbs/48_reliability.ipynb #48fc6eba
 def position(folder) -> float:
-    "Epochs that the newest whole checkpoint of a run stands for; 0 without one"
+    """Epochs that are safe on the disk.
+
+    The newest whole checkpoint says so; a finished run has none, and all epochs.
+    """
+    files = RunFolder(folder)
+    if files.status == "finished":
+        return float(read_json(files.config, ["run"])["run"]["epochs"])
     for path in checkpoints(folder):
         s = read_state(path, "cpu", States.holds)
         if isinstance(s, dict):
@@ -371,6 +377,8 @@ def _check_configuration(folder) -> str:
 def _check_states(folder) -> str:
     "Can all checkpoints be read?"
     found = checkpoints(folder.path)
+    if not found and folder.status == "finished":
+        return "none, as it should be: the run is finished"
     states = {p: read_state(p, "cpu", States.holds) for p in found}
     damaged = {p: s for p, s in states.items() if isinstance(s, str)}
     if damaged:

@@ -15,6 +15,7 @@ import pretend
 import pytest
 import torch
 from conftest import ROOT, together
+from ends import end_of, keep_ends
 from pretend import DOWNLOAD, MAY_WAIT, NAME, UPLOAD, certain, host, on_device, watch
 
 if pretend.WHY_NOT:
@@ -35,7 +36,7 @@ from mla_nb.runs import run as runs
 from mla_nb.runs.run import environment
 from mla_nb.tools import digest
 from mla_nb.train import runtime
-from mla_nb.train.checkpoints import States, explain_failure, read_state
+from mla_nb.train.checkpoints import explain_failure
 from mla_nb.train.learner import Diverged
 from mla_nb.train.loaders import loaders
 from mla_nb.train.runtime import start_accelerator
@@ -300,7 +301,7 @@ def finished(tmp_path_factory):
     "A run on the device, and the waits of it"
     root = tmp_path_factory.mktemp("runs")
     cfg = configure(method="mla", temperature="validation", root=str(root))
-    with gpu(), watch() as seen:
+    with keep_ends(), gpu(), watch() as seen:
         result = runs.run(cfg)
     return cfg, result, seen
 
@@ -333,8 +334,7 @@ def test_an_epoch_waits_a_few_times_and_not_once_per_turn_or_weight(finished):
 
 
 def finished_state(finished):
-    state = read_state(Path(finished[0].folder) / "last.pt", "cpu", States.holds)
-    yield from tensors_in(state)
+    yield from tensors_in(end_of(finished[0].folder))
 
 
 def tensors_in(x):

@@ -26,6 +26,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import ROOT, started, torchrun
+from ends import end_of, keep_ends
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -121,13 +122,21 @@ def whole(tmp_path_factory):
     return cfg
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ends():
+    "The last states of runs that finish here are kept beside them"
+    with keep_ends():
+        yield
+
+
 def last(cfg):
     return read_state(cfg.folder / "last.pt", "cpu", States.holds)
 
 
 def same(a, b):
     return (
-        digest(last(a)["net"]) == digest(last(b)["net"])
+        digest(end_of(a.folder)["net"]) == digest(end_of(b.folder)["net"])
+        and not checkpoints(a.folder) + checkpoints(b.folder)
         and (a.folder / "model.safetensors").read_bytes()
         == (b.folder / "model.safetensors").read_bytes()
         and outcome(a) == outcome(b)
@@ -180,8 +189,11 @@ def half(whole):
 
 KILLER = """
 import json, os, random, signal, sys, time
+from ends import keep_ends
 from mla_nb.reliability import forked, killed, warm
 from mla_nb.runs.run import Run
+kept = keep_ends()
+kept.__enter__()
 args = json.loads(sys.argv[1])
 rng, out = random.Random(args['seed']), []
 warm()
@@ -211,7 +223,11 @@ def kill(tmp_path, kills, seed, *configs):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            "OMP_NUM_THREADS": "1",
+        },
     )
     assert out.returncode == 0, out.stderr[-2000:]
     for root, name, ends in json.loads(out.stdout.splitlines()[-1]):
@@ -520,17 +536,83 @@ def test_a_split_that_is_read_in_workers_goes_on_too(whole, tmp_path):
 @pytest.mark.parametrize("keep", [1, 3])
 def test_the_last_k_are_kept(whole, tmp_path, keep):
     cfg = whole.replace(root=str(tmp_path), keep=keep, save_every=1e-9)
-    run(cfg)
+    with (
+        patch("mla_nb.runs.run._finish", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run(cfg)  # trained, and not finished
     assert [p.name for p in checkpoints(cfg.folder)] == [
         "last.pt",
         "last-1.pt",
         "last-2.pt",
-    ][:keep] and same(cfg, whole)
+    ][:keep]
     where = [
         (s["epoch"], s["done"])
         for s in (read_state(p, "cpu", States.holds) for p in checkpoints(cfg.folder))
     ]
     assert where == [(2, 0), (2, 6), (2, 5)][:keep]
+    run(cfg)
+    assert same(cfg, whole)
+
+
+FINISHING = (
+    "save_pred",
+    "_result",
+    "write_atomic",
+    "RunFolder.write_checksums",
+    "remove_checkpoints",
+)
+
+
+@pytest.mark.parametrize("step", FINISHING)
+@pytest.mark.parametrize(
+    "when,error", [("before", OSError), ("after", KeyboardInterrupt)]
+)
+def test_a_crash_while_a_run_is_finished_loses_nothing(
+    whole, tmp_path, step, when, error
+):
+    "At each step of `_finish`, before or after it: the same command ends the run"
+    import mla_nb.runs.run as run_module
+
+    cfg = whole.replace(root=str(tmp_path))
+    owner = run_module.RunFolder if "." in step else run_module
+    name, finish = step.split(".")[-1], run_module._finish
+    work = getattr(owner, name)
+
+    def dies(*args, **kw):
+        if when == "after":
+            work(*args, **kw)
+        raise error
+
+    def finish_and_die(*args):
+        with patch.object(owner, name, dies):
+            finish(*args)
+
+    with (
+        patch("mla_nb.runs.run._finish", finish_and_die),
+        pytest.raises((KeyboardInterrupt, OSError)),
+    ):
+        run(cfg)
+    assert checkpoints(cfg.folder) or (cfg.folder / "result.json").exists()
+    assert (
+        read_history(cfg.folder)[-1]["valid"] == read_history(whole.folder)[-1]["valid"]
+    )
+    run(cfg)
+    assert same(cfg, whole)
+    read_net = [load_run(c.folder)[0].state_dict() for c in (cfg, whole)]
+    assert digest(list(read_net[0].items())) == digest(list(read_net[1].items()))
+
+
+def test_a_finished_run_in_a_folder_that_cannot_be_written_is_read(whole, tmp_path):
+    "Checkpoints that an older version left there stay"
+    cfg = whole.replace(root=str(tmp_path))
+    shutil.copytree(whole.folder, cfg.folder)
+    (cfg.folder / "last.pt").write_bytes(b"of an older version")
+    with patch("os.access", lambda path, mode: False):
+        assert run(cfg)["test"] == run(whole)["test"]
+    assert checkpoints(cfg.folder)
+    assert run(cfg)["test"] == run(whole)["test"]
+    assert not checkpoints(cfg.folder)
 
 
 def test_save_every_0_saves_at_the_end_of_epochs_only(whole, tmp_path):
@@ -1251,10 +1333,11 @@ def place_of_data(path):
         "last-1.pt",
     ],
 )
-def test_doctor_finds_every_damaged_file_of_a_run(whole, name):
+def test_doctor_finds_every_damaged_file_of_a_run(whole, half, name):
     cfg = another(whole, "ill")
     shutil.rmtree(cfg.folder, ignore_errors=True)
-    shutil.copytree(whole.folder, cfg.folder)
+    shutil.copytree((half if "last" in name else whole).folder, cfg.folder)
+    assert all(f.ok for f in doctor([cfg.folder]))
     flip(cfg.folder / name, place_of_data(cfg.folder / name))
     assert not all(f.ok for f in doctor([cfg.folder]))
 

@@ -78,11 +78,76 @@ def test_chapter_is_executed(path):
     assert not re.search(r"/(home|root|work|tmp|Users)/", json.dumps(outputs))
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in NOTEBOOKS if "experiments" in p.parts], ids=lambda p: p.stem
-)
-def test_experiment_has_no_outputs(path):
-    assert not [o for c in cells(path) for o in c["outputs"]]
+EXPERIMENTS = [p for p in NOTEBOOKS if "experiments" in p.parts]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_experiment_holds_the_outputs_of_a_small_run(path):
+    """People see what they will get.
+
+    Every cell that shows something has shown it: no error, no warning, no progress bar,
+    no path of a machine, no parameters of papermill.
+    """
+    code = cells(path)
+    outputs = [o for c in code for o in c["outputs"]]
+    kinds = {k for o in outputs for k in o.get("data", {})}
+    assert {"image/png", "text/markdown"} <= kinds
+    assert not [o for o in outputs if o["output_type"] in ("error", "stream")]
+    assert not re.search(r"/(home|root|work|tmp|Users)/", json.dumps(outputs))
+    assert "papermill" not in json.loads(path.read_text())["metadata"]
+    tags = [t for c in code for t in c["metadata"].get("tags", [])]
+    assert tags == ["parameters"]
+    silent = [c for c in code if not c["outputs"]]
+    assert all(
+        re.search(r"^(import|from|cfg =|#|\w+ = )", s) for s in map(first, silent)
+    )
+    assert len(silent) <= 3
+
+
+def first(cell):
+    return "".join(cell["source"])
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_experiment_says_how_its_outputs_were_made(path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from nbs import EXAMPLE_GRID, EXAMPLES
+
+    [top] = [c for c in cells(path, "markdown") if "# " in "".join(c["source"])[:2]]
+    text = "".join(top["source"])
+    assert "python tools/nbs.py examples" in text
+    if path.stem == "compare":
+        assert f"mla grid {EXAMPLE_GRID}" in text
+        return
+    for k, v in EXAMPLES[path.stem].items():
+        assert f" {k} {v}" in text or f" {k} '{v}'" in text, k
+
+
+@pytest.mark.parametrize("name", ["run", "compare"])
+def test_experiment_can_be_run_twice_and_out_of_order(tmp_path, monkeypatch, name):
+    "Opened in a copy of the repository, as JupyterLab does it; each cell twice"
+    import matplotlib
+
+    (tmp_path / "nbs/experiments").mkdir(parents=True)
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    path = tmp_path / f"nbs/experiments/{name}.ipynb"
+    shutil.copy(ROOT / path.relative_to(tmp_path), path)
+    monkeypatch.chdir(path.parent)
+    matplotlib.use("Agg")
+    small = {"epochs": 1, "progress": False, "threads": 1}
+    small["dataset_args"] = "n_train=60,n_valid=20,n_test=20,size=16"
+    scope = {}
+    code = ["".join(c["source"]) for c in cells(path)]
+    exec(code[0], scope)  # the parameters
+    scope |= small if name == "run" else {}
+    for again in (1, 2):
+        for source in code[1:]:
+            exec(source, scope)
+            exec(source, scope)
+        scope["plt"].close("all")
+        runs = sorted(p.name for p in (tmp_path / "runs").glob("*"))
+        assert len(runs) == (name == "run"), again
+    assert Path.cwd() == tmp_path and not (path.parent / "runs").exists()
 
 
 def test_papermill_parameters_are_the_fields_of_run():

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import ROOT, together
+from ends import end_of
 from safetensors.torch import load_file, save_file
 
 from mla_nb.cli import main
@@ -57,6 +59,16 @@ def weights(folder):
 
 def same(a, b):
     return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+
+
+def unfinished(cfg):
+    "A run that is trained, and ended before it is tested: its checkpoints are there"
+    with (
+        patch("mla_nb.runs.run._finish", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run(cfg)
+    assert (cfg.folder / "last.pt").exists()
 
 
 # the same run by other means ----------------------------------------------------------
@@ -266,6 +278,22 @@ def dies(self):
 Learner.one_batch = dies
 from mla_nb.cli import main; main()
 """
+TO_THE_END = """
+from ends import keep_ends
+from mla_nb.cli import main
+with keep_ends(): main()
+"""
+
+
+def to_the_end(*args, cwd):
+    "A command whose runs leave their last state beside their folders"
+    where = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    subprocess.run(
+        [sys.executable, "-c", TO_THE_END, "train", *args],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": where},
+        check=True,
+    )
 
 
 def test_kill_9_in_the_middle_of_an_epoch(tmp_path):
@@ -281,7 +309,7 @@ def test_kill_9_in_the_middle_of_an_epoch(tmp_path):
         "--seed",
         "3",
     ]
-    cli(*flags, "--root", "whole", cwd=tmp_path)
+    to_the_end(*flags, "--root", "whole", cwd=tmp_path)
     p = subprocess.run(
         [sys.executable, "-c", DIES, "train", *flags, "--root", "cut"],
         cwd=tmp_path,
@@ -289,15 +317,15 @@ def test_kill_9_in_the_middle_of_an_epoch(tmp_path):
         text=True,
     )
     assert p.returncode == -signal.SIGKILL, p.stderr[-3000:]
-    [folder] = tmp_path.glob("cut/*")
+    [folder] = tmp_path.glob("cut/[!.]*")
     assert (
         not (folder / "result.json").exists()
         and len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     )
-    cli(*flags, "--root", "cut", cwd=tmp_path)
-    [whole] = tmp_path.glob("whole/*")
+    to_the_end(*flags, "--root", "cut", cwd=tmp_path)
+    [whole] = tmp_path.glob("whole/[!.]*")
     assert same(weights(whole), weights(folder))
-    last = [torch.load(f / "last.pt", weights_only=True) for f in (whole, folder)]
+    last = [end_of(f) for f in (whole, folder)]
     assert (
         same(last[0]["net"], last[1]["net"])
         and last[0]["epoch"] == last[1]["epoch"] == 3
@@ -469,9 +497,7 @@ def test_a_failed_run_removes_only_its_own_files(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*is damaged")
 def test_damaged_files_of_a_run(tmp_path, name):
     cfg = Run(**SMALL, root=str(tmp_path))
-    run(cfg)
-    if name != "result.json":
-        (cfg.folder / "result.json").unlink()
+    run(cfg) if name == "result.json" else unfinished(cfg)
     for p in [
         cfg.folder / name,
         *([cfg.folder / "last-1.pt"] if name == "last.pt" else []),
@@ -531,8 +557,7 @@ def test_resuming_with_the_state_of_another_architecture(tmp_path):
         Run(**{**SMALL, "epochs": 1}, method="concat", name="b"),
     )
     for c in (a, b):
-        run(c, root=tmp_path)
-    (tmp_path / "a/result.json").unlink()
+        unfinished(c.replace(root=str(tmp_path)))
     (tmp_path / "a/last.pt").write_bytes((tmp_path / "b/last.pt").read_bytes())
     with pytest.raises(
         InputError, match="last.pt holds the weights of another architecture"
@@ -542,9 +567,8 @@ def test_resuming_with_the_state_of_another_architecture(tmp_path):
 
 
 def test_a_checkpoint_that_holds_code_is_not_run(tmp_path):
-    cfg = Run(**SMALL, name="a")
-    run(cfg, root=tmp_path)
-    (tmp_path / "a/result.json").unlink()
+    cfg = Run(**SMALL, name="a", root=str(tmp_path))
+    unfinished(cfg)
 
     class Evil:
         def __reduce__(self):
@@ -556,7 +580,7 @@ def test_a_checkpoint_that_holds_code_is_not_run(tmp_path):
         pytest.warns(UserWarning, match="last.pt is damaged"),
         pytest.raises(InputError, match="last.pt"),
     ):
-        run(cfg, root=tmp_path)
+        run(cfg)
     assert not (tmp_path / "owned").exists()
 
 

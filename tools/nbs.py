@@ -4,6 +4,8 @@ nbs.py run 10 [11 …]      execute chapters in place and store them clean
 nbs.py solutions [10 …]   run the exercises' solutions after their chapters, and say
                           what fails or prints something else than it says there
 nbs.py test [-jN] [10 …]  run chapters with nbdev's tests, N at a time
+nbs.py examples           execute the notebooks of experiments/ with the small runs that
+                          their first cells name, and store the outputs
 nbs.py papermill …        papermill, with the same arguments; what its kernel says is
                           encrypted
 nbs.py readme [--check]   write README.md from nbs/index.ipynb, or say whether it is up
@@ -216,6 +218,66 @@ def papermill(args):
     command(args, prog_name="papermill")
 
 
+EXAMPLES = {
+    "run": {
+        "epochs": 8,
+        "progress": False,
+        "threads": 1,
+        "dataset_args": "n_train=600,n_valid=200,n_test=300",
+    },
+    "compare": {"root": "runs/example"},
+}  # notebook of experiments/ -> the parameters of its stored outputs
+EXAMPLE_GRID = (
+    "--dataset 'synthetic(n_train=320,n_valid=120,n_test=200)' "
+    "--method concat,unimodal,mla --seed 0:5 --epochs 6 --root runs/example"
+)
+
+
+def examples():
+    """Notebooks of experiments/ with the outputs of a small run.
+
+    They are executed in an empty folder. The cells stay as they are: parameters have
+    their defaults, and the first cell names those of the outputs.
+    """
+    import shlex
+    import tempfile
+
+    import papermill
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "mla_nb.cli", "grid"]
+        grid = [*command, *shlex.split(EXAMPLE_GRID), "--jobs", "1", "--device", "cpu"]
+        subprocess.run(grid, cwd=folder, check=True)
+        for name, parameters in EXAMPLES.items():
+            path, out = (
+                ROOT / f"nbs/experiments/{name}.ipynb",
+                Path(folder) / "out.ipynb",
+            )
+            papermill.execute_notebook(
+                path,
+                out,
+                parameters,
+                kernel_name="python3",
+                cwd=folder,
+                progress_bar=False,
+            )
+            store_outputs(path, nbformat.read(out, 4))
+            print(f"{path.name}: stored", flush=True)
+    clean()
+
+
+def store_outputs(path, executed):
+    "The outputs of an executed notebook in the cells of the notebook itself"
+    nb = nbformat.read(path, 4)
+    injected = "injected-parameters"
+    cells = [c for c in executed.cells if injected not in c.metadata.get("tags", [])]
+    assert [c.source for c in cells] == [c.source for c in nb.cells]
+    for cell, other in zip(nb.cells, cells):
+        if cell.cell_type == "code":
+            cell.outputs = other.outputs
+    nbformat.write(nb, path)
+
+
 def clean():
     subprocess.run(
         [str(Path(sys.executable).parent / "nbdev_clean")], cwd=ROOT, check=True
@@ -351,6 +413,8 @@ if __name__ == "__main__":
             test(names, 1)
         case ["solutions", *names]:
             solutions(names)
+        case ["examples"]:
+            examples()
         case ["papermill", *args]:
             papermill(args)
         case ["readme"]:

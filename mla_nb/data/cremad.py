@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMOTIONS', 'CLIP', 'LABELS', 'PUBLISHED_COLUMNS', 'parse_clip', 'cremad_rows', 'cremad_splits', 'clip_traits',
-           'audit', 'markdown_table', 'prepare_cremad', 'cremad_main', 'cremad', 'published']
+           'audit', 'markdown_table', 'prepare_cremad', 'cremad_main', 'cremad', 'published_rows', 'published']
 
 # %% ../../nbs/33_cremad.ipynb #f007a6ca
 import csv
@@ -236,13 +236,21 @@ PUBLISHED_COLUMNS = {
 }
 
 
+def published_rows(
+    path,  # results/published.csv
+    dataset: str,
+) -> list[dict]:  # with the columns of the file
+    "The published accuracies of a dataset"
+    with Path(path).open(encoding="utf-8") as f:
+        return [r for r in csv.DictReader(f) if r["dataset"] == dataset]
+
+
 def published(
     path,  # results/published.csv
     dataset: str,
 ) -> str:  # Markdown
     "The published accuracies of a dataset, with an empty column for your own"
-    with Path(path).open(encoding="utf-8") as f:
-        rows = [r for r in csv.DictReader(f) if r["dataset"] == dataset]
+    rows = published_rows(path, dataset)
     if not rows:
         raise InputError(f"{path}: there is no published number for {dataset!r}.")
     rows = [

@@ -9,6 +9,7 @@ __all__ = ['PACKAGES', 'make_dataset', 'make_method', 'encoder_names', 'make_enc
 
 # %% ../../nbs/43_runs.ipynb #a0949d8d
 import json
+import os
 import platform
 import re
 import shutil
@@ -63,6 +64,7 @@ from mla_nb.train.checkpoints import (
     explain_failure,
     is_main,
     load_weights,
+    remove_checkpoints,
     save_pred,
     undisturbed,
 )
@@ -467,7 +469,7 @@ def run(
     cfg = settled(cfg if root is None else cfg.replace(root=str(root)))
     make_method(cfg)  # wrong names are the cheapest to find
     folder = RunFolder(cfg.folder)
-    if done := folder.claim(cfg):
+    if done := _finished(folder, cfg):
         return done
     _check_processes(cfg)
     if cfg.threads:
@@ -485,7 +487,7 @@ def run(
         raise
     except Exception as e:
         with undisturbed():
-            if is_main() and not checkpoints(folder.path):
+            if is_main() and _holds_nothing(folder):
                 _forget(folder, was_there)  # nothing half-written
             explained = explain_failure(e, cfg)
         raise explained from e
@@ -506,6 +508,19 @@ def stored_note(cfg, s: Splits) -> str:
         f"{', '.join(f'{k}={v}' for k, v in odd.items())} "
         f"(mla prepare {cfg.dataset} --preset {cfg.preset} …)"
     )
+
+
+def _finished(folder, cfg):
+    "The result if this very run is finished; no checkpoint of it is left then"
+    done = folder.claim(cfg)
+    if done and is_main() and os.access(folder.path, os.W_OK):
+        remove_checkpoints(folder.path)  # the process died before it could
+    return done
+
+
+def _holds_nothing(folder) -> bool:
+    "Is there neither a result nor a state to go on from?"
+    return not folder.result.exists() and not checkpoints(folder.path)
 
 
 def _train_and_test(folder, cfg, s, learn):
@@ -582,7 +597,7 @@ def _describe(folder, cfg, s, learn):
 
 # %% ../../nbs/43_runs.ipynb #ff38e488
 def _finish(folder, cfg, s, learn):
-    "Test the epoch that validation chose, once"
+    "Test the epoch that validation chose, once; then no checkpoint is needed"
     _load_best(folder, learn)
     valid = learn.validate()  # fixed weights belong to this epoch
     p = learn.predictions(learn.dls.test)
@@ -593,6 +608,7 @@ def _finish(folder, cfg, s, learn):
     folder.write_checksums(folder.history)
     write_atomic(folder.result, json.dumps(found, indent=1))
     folder.write_checksums(folder.result)
+    remove_checkpoints(folder.path)  # last: until here a crash loses nothing
 
 
 def _load_best(folder, learn):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL', 'CLOSED', 'save_tensors', 'read_tensors', 'fits', 'load_weights', 'is_main', 'processes', 'checkpoints',
-           'read_state', 'States', 'Saver', 'Stopped', 'Stopper', 'undisturbed', 'causes', 'explain_failure',
-           'save_pred', 'load_pred']
+           'remove_checkpoints', 'read_state', 'States', 'Saver', 'Stopped', 'Stopper', 'undisturbed', 'causes',
+           'explain_failure', 'save_pred', 'load_pred']
 
 # %% ../../nbs/41_checkpoints.ipynb #1f66f7b4
 import errno
@@ -124,6 +124,14 @@ def checkpoints(folder) -> list:
     return sorted(
         (p for p, m in found.items() if m), key=lambda p: int(found[p][1] or 0)
     )
+
+
+def remove_checkpoints(
+    folder,  # of a run that is finished
+):
+    "Remove the states of a finished run, the oldest first: nothing goes on from them"
+    for path in reversed(checkpoints(folder)):
+        path.unlink(missing_ok=True)
 
 
 def _moved(x, device):
@@ -423,8 +431,10 @@ FULL, CLOSED = (
 
 
 def causes(e):
-    "An error and what led to it"
-    while e:
+    "An error and what led to it, each once: `raise e from e` makes a circle"
+    seen = set()
+    while e and id(e) not in seen:
+        seen.add(id(e))
         yield e
         e = e.__cause__ or e.__context__
 
