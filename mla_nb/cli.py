@@ -229,7 +229,7 @@ def _modality_help(run) -> str:
     return "\n".join([f"Modalities of {run}:", *values])
 
 # %% ../nbs/49_command.ipynb #1c62603d
-OWN = ("dataset", "method", "seed", "lr")
+OWN = ("dataset", "method", "seed", "lr", "preset")
 ONE = ("dataset_args", "method_args", "name")  # cannot hold for several runs
 
 
@@ -263,50 +263,99 @@ def grid(
     dataset: Annotated[
         str, typer.Option(help="e.g. 'digits(split=speaker),synthetic'")
     ] = "synthetic",
+    preset: Annotated[
+        str,
+        typer.Option(help="'paper': published settings, all methods, tuned rates"),
+    ] = "small",
     method: Annotated[
-        str, typer.Option(help="e.g. 'concat,ogm(alpha=.5),unimodal,mla'")
-    ] = "concat,mla",
+        str,
+        typer.Option(help="e.g. 'concat,ogm(alpha=.5),unimodal,mla', or 'all'"),
+    ] = "",
     seed: Annotated[str, typer.Option(help="0:5 or 0,1,2")] = "0:5",
-    lr: Annotated[str, typer.Option(help="one learning rate, or several")] = "",
+    lr: Annotated[
+        str,
+        typer.Option(
+            help="one learning rate, or several to choose from on validation, or "
+            "'auto': five around the preset's, and more where the best is at the edge"
+        ),
+    ] = "",
     tune_seed: Annotated[
-        str, typer.Option("--tune_seed", help="seeds of the sweep")
-    ] = "100",
+        str, typer.Option("--tune_seed", help="seeds of the sweep (auto: three)")
+    ] = "",
     jobs: Annotated[
         str, typer.Option(help="runs side by side; 0: one per core, 1 on a GPU")
     ] = "0",
     scheduler: Annotated[
         str, typer.Option(help="tcp://... of a Dask scheduler, for a cluster")
     ] = "",
+    measure: Annotated[
+        str,
+        typer.Option(help="seconds to measure before an estimate of time and disk"),
+    ] = "",
     **fields,
 ):
     "Run datasets x methods x seeds; what is done is not done again."
-    lrs, common = _numbers("lr", float, lr, ".03,.1,.3"), _common(fields)
+    whole, common = preset == "paper", {"preset": preset, **_common(fields)}
+    method = method or ("all" if whole else "concat,mla")
+    method = ",".join(INDEX["methods"]) if method == "all" else method
+    lr = lr or ("auto" if whole else "")
+    auto, seconds = lr == "auto", sum(_numbers("measure", float, measure, "60"))
+    lrs = [] if auto else _numbers("lr", float, lr, ".03,.1,.3")
     jobs = sum(_numbers("jobs", int, jobs, "2"))
     for name, _ in map(with_options, split_list(method)):
         check_names({"method": name})
     if len(lrs) == 1:
         common["lr"] = lrs[0]
-    from mla_nb.compare import plan
+    from mla_nb import compare
 
-    runs = plan(dataset, method, seed, **common)
-    _report(*_tuned_grid(runs, lrs, tune_seed, jobs, scheduler))
+    runs = compare.plan(dataset, method, seed, **common)
+    for line in dict.fromkeys(preset_text(r.replace(lr=None)) for r in runs[:1]):
+        print(line)
+    tuned = {
+        "lrs": compare.rates_around(runs[0].lr) if auto else lrs,
+        "seeds": compare.seed_list(tune_seed or ("100:103" if auto else "100")),
+        "widen": 3 if auto else 0,
+    }
+    seconds = seconds or (60.0 if auto and not measure else 0.0)
+    _report(*_tuned_grid(runs, tuned, jobs, scheduler, seconds))
 
 # %% ../nbs/49_command.ipynb #9ad78b54
-def _tuned_grid(runs, lrs, tune_seed, jobs, scheduler) -> tuple:
+def _tuned_grid(runs, tuned, jobs, scheduler, seconds) -> tuple:
     "The results of a grid, after the sweep if there are several rates"
     import torch
 
     from mla_nb import compare
+    from mla_nb.estimate import estimate, estimate_text
 
     usual = 1 if torch.cuda.is_available() else os.cpu_count()
     how = {"jobs": jobs or usual, "scheduler": scheduler}
-    if len(lrs) > 1:
-        seeds = compare.seed_list(tune_seed)
-        runs, sweep = compare.tune(runs, lrs, seeds, **how, label="sweep")
+    several = len(tuned["lrs"]) > 1
+    if seconds:
+        trials = len(tuned["lrs"]) * len(tuned["seeds"]) if several else 0
+        print(estimate_text(estimate(runs, trials, how["jobs"], seconds)))
+    _describe_grid(runs, tuned)
+    if several:
+        runs, sweep = compare.tune(runs, **tuned, **how, label="sweep")
         write_atomic(Path(runs[0].root) / "sweep.json", json.dumps(sweep, indent=1))
     found = compare.grid(runs, **how)
     good = [r for r in found if "error" not in r]
     return good, [r for r in found if "error" in r]
+
+
+def _describe_grid(runs, tuned):
+    "Write down what is run, and what of the whole protocol is not"
+    methods = list(dict.fromkeys(r.method for r in runs))
+    about = {
+        "preset": runs[0].preset,
+        "methods": methods,
+        "left_out": [m for m in INDEX["methods"] if m not in methods],
+        "seeds": sorted({r.seed for r in runs}),
+        "rates": tuned["lrs"],
+        "tune_seeds": tuned["seeds"],
+    }
+    folder = Path(runs[0].root)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "grid.json", json.dumps(about, indent=1))
 
 
 def _report(good, bad):

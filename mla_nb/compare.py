@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DIED', 'WITHIN', 'PUBLISHED_AS', 'read_runs', 'results', 'table', 'plot_losses', 'shorten', 'plot_weights',
            'plot_confusion', 'show_samples', 'certain_samples', 'plot_accuracies', 'panels', 'facts', 'side_by_side',
-           'plot_runs', 'browse_runs', 'seed_list', 'plan', 'attempt', 'grid', 'tune', 'wilson', 'run_scores',
-           'run_settings', 'run_findings', 'compared', 'with_details', 'accuracy_of', 'best_single', 'difference',
-           'published_beside', 'comparison_table', 'difference_table', 'plot_compared', 'plot_curves', 'group_findings',
-           'shared_settings', 'rates_chosen', 'costs', 'overview']
+           'plot_runs', 'browse_runs', 'seed_list', 'plan', 'attempt', 'grid', 'tune', 'rates_around', 'wilson',
+           'run_scores', 'run_settings', 'run_findings', 'compared', 'with_details', 'accuracy_of', 'best_single',
+           'difference', 'published_beside', 'comparison_table', 'difference_table', 'plot_compared', 'plot_curves',
+           'group_findings', 'shared_settings', 'rates_chosen', 'protocol_text', 'costs', 'overview']
 
 # %% ../nbs/44_compare.ipynb #99dc66b9
 import json
@@ -44,6 +44,7 @@ from mla_nb.runs.run import (
 from .tools import InputError, read_json
 from .train.checkpoints import Stopped, load_pred
 from .train.learner import plot_learning
+from .train.loaders import usual_workers
 
 # %% ../nbs/44_compare.ipynb #89bb273b
 def read_runs(
@@ -691,8 +692,16 @@ def grid(
     "Make every run that is not made yet; one that fails takes no other with it"
     from tqdm.auto import tqdm
 
-    threads = 1 if jobs > 1 or scheduler else 0
-    runs = [r.replace(progress=False, threads=r.threads or threads) for r in runs]
+    alone = jobs == 1 and not scheduler
+    more = {} if alone else {"workers": usual_workers(jobs)}
+    runs = [
+        r.replace(
+            progress=False,
+            threads=r.threads or (0 if alone else 1),
+            **(more if r.workers is None else {}),
+        )
+        for r in runs
+    ]
     found = {i: r for i, c in enumerate(runs) if (r := _done(c))}
     todo = [i for i in range(len(runs)) if i not in found]
     bar = {"total": len(runs), "initial": len(found), "unit": "run"}
@@ -726,31 +735,61 @@ def tune(
     runs: list,  # of `Run`; their seeds and rates are replaced
     lrs,  # learning rates to try
     seeds=(100,),  # of the sweep; others than those of the comparison
+    widen: int = 0,  # so often, a best rate at the edge gets a neighbor further out
     **how,  # jobs, scheduler and label of `grid`
 ) -> tuple:  # (the runs with their best rate, rows of the sweep)
-    "Choose each configuration's learning rate on validation"
-    groups = {_but_rate(c): c for c in runs}
-    trials = [
-        c.replace(lr=lr, seed=s, root=str(Path(c.root) / "sweep"))
-        for c in groups.values()
-        for lr in lrs
-        for s in seeds
-    ]
-    score = _mean_scores(trials, grid(trials, **how))
-    best = {k: max(by, key=by.get) for k, by in score.items()}
+    "Choose each configuration's learning rate by its mean validation accuracy"
+    groups, score = {_but_rate(c): c for c in runs}, defaultdict(dict)
+    todo = {key: sorted(set(lrs)) for key in groups}
+    for _ in range(widen + 1):
+        trials = [
+            groups[key].replace(
+                lr=lr, seed=s, root=str(Path(groups[key].root) / "sweep")
+            )
+            for key, rates in todo.items()
+            for lr in rates
+            for s in seeds
+        ]
+        for key, by in _mean_scores(trials, grid(trials, **how)).items():
+            score[key] |= by
+        todo = {key: [lr] for key, by in score.items() if (lr := _further(by))}
+        if not todo:
+            break
+    best = {key: _best_rate(by) for key, by in score.items()}
     told = ("dataset", "dataset_args", "method", "method_args")
     rows = [
-        {k: getattr(c, k) for k in told}
-        | {
+        {
+            **{k: getattr(groups[key], k) for k in told},
             "lr": lr,
-            "valid": score[key][lr][0],
+            "valid": score[key][lr],
             "n": len(seeds),
             "chosen": lr == best[key],
         }
-        for key, c in groups.items()
-        for lr in lrs
+        for key in groups
+        for lr in sorted(score[key])
     ]
     return [c.replace(lr=best[_but_rate(c)]) for c in runs], rows
+
+
+def _best_rate(by: dict) -> float:
+    "The rate with the best score; of equal ones the smallest"
+    return max(by, key=lambda lr: (by[lr], -lr))
+
+
+def _further(by: dict) -> float | None:
+    "A rate beyond the edge, if the best one lies there; None otherwise"
+    rates, best = sorted(by), _best_rate(by)
+    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+        return None
+    beyond = best * best / (rates[1] if best == rates[0] else rates[-2])
+    return float(f"{beyond:.0e}")
+
+
+def rates_around(
+    lr: float,  # the usual rate
+) -> list:  # five rates over two decades
+    "Rates to try for a method whose usual rate is `lr`"
+    return [float(f"{lr * f:.0e}") for f in (0.1, 0.32, 1, 3.2, 10)]
 
 
 def _but_rate(c) -> str:
@@ -760,18 +799,12 @@ def _but_rate(c) -> str:
 
 
 def _mean_scores(trials, results) -> dict:
-    "configuration -> rate -> mean of (accuracy, -loss) on validation"
+    "configuration -> rate -> mean accuracy on validation; 0 for a run that failed"
     tried = defaultdict(lambda: defaultdict(list))
     for c, r in zip(trials, results):
-        score = (0.0, -math.inf)
-        if "error" not in r:
-            score = r["valid"]["accuracy"]["fused"], -r["valid"]["loss"]["fused"]
+        score = 0.0 if "error" in r else r["valid"]["accuracy"]["fused"]
         tried[_but_rate(c)][c.lr].append(score)
-
-    def mean(v):
-        return torch.tensor(v, dtype=torch.double).mean(0).tolist()
-
-    return {k: {lr: mean(v) for lr, v in by.items()} for k, by in tried.items()}
+    return {k: {lr: sum(v) / len(v) for lr, v in by.items()} for k, by in tried.items()}
 
 # %% ../nbs/44_compare.ipynb #cc485c98
 def wilson(
@@ -1377,26 +1410,64 @@ def rates_chosen(
     out = []
     for path in sorted(Path(root).rglob("sweep.json")):
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            rates = sorted({row["lr"] for row in rows})
-            chosen = [row for row in rows if row["chosen"]]
-            edge = [row for row in chosen if row["lr"] in (rates[0], rates[-1])]
-            seeds = max(row.get("n", 1) for row in rows)
+            out.append(_sweep_text(path, json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             out.append(f"`{path}` cannot be read ({_why(e)}).")
-            continue
-        names = sorted({with_args(r["method"], r.get("method_args", {})) for r in edge})
-        out.append(
-            f"For each method {len(rates)} learning rates were tried "
-            f"({', '.join(f'{v:g}' for v in rates)}) with {_counted(seeds, 'seed')} "
-            "that the comparison does not use, and the one with the best mean "
-            f"validation accuracy was taken (`{path}`). At the edge of the rates: "
-            f"{', '.join(f'`{shorten(n, 60)}`' for n in names) or 'none'}."
-        )
     return " ".join(out) or (
         "There is no `sweep.json` here: the rates were not tuned, or not here. A "
         "method may be better at another rate."
     )
+
+
+def _sweep_text(path, rows) -> str:
+    "What a sweep tried and chose, and for which methods the best lies at the edge"
+    tried, chosen = defaultdict(list), {}
+    for row in rows:
+        name = with_args(row["method"], row.get("method_args", {}))
+        tried[name].append(row["lr"])
+        if row["chosen"]:
+            chosen[name] = row["lr"]
+    edge = [k for k, lr in chosen.items() if lr in (min(tried[k]), max(tried[k]))]
+    rates = sorted({lr for lrs in tried.values() for lr in lrs})
+    n, seeds = min(map(len, tried.values())), max(row.get("n", 1) for row in rows)
+    return (
+        f"For each method at least {n} learning rates were tried "
+        f"({', '.join(f'{v:g}' for v in rates)}) with {_counted(seeds, 'seed')} "
+        "that the comparison does not use, and the one with the best mean "
+        f"validation accuracy was taken (`{path}`). At the edge of the rates: "
+        f"{', '.join(f'`{shorten(k, 60)}`' for k in sorted(edge)) or 'none'}."
+    )
+
+
+def protocol_text(
+    root="runs",  # folder of runs
+) -> str:
+    "What grid.json says was run, and what of the whole protocol was left out"
+    out = []
+    for path in sorted(Path(root).rglob("grid.json")):
+        try:
+            g = read_json(path, ["preset", "methods", "left_out", "seeds", "rates"])
+        except InputError as e:
+            out.append(str(e))
+            continue
+        seeds, rates = _counted(len(g["seeds"]), "seed"), len(g["rates"])
+        text = (
+            f"Preset `{g['preset']}`, {_counted(len(g['methods']), 'method')}, {seeds}"
+        )
+        short = [f"{len(g['left_out'])} methods left out"] if g["left_out"] else []
+        short += [f"{seeds} instead of 5"] if len(g["seeds"]) < 5 else []
+        short += ["rates not tuned"] if rates < 2 else []
+        short += [f"{rates} rates instead of 5"] if 2 <= rates < 5 else []
+        few = len(g.get("tune_seeds", ()))
+        short += (
+            [f"tuned with {_counted(few, 'seed')}, not 3"] if few < 3 <= rates else []
+        )
+        out.append(
+            text + f". **A shorter run than the protocol: {'; '.join(short)}.**"
+            if short
+            else text + ", the whole protocol."
+        )
+    return " ".join(out)
 
 
 def costs(
@@ -1432,7 +1503,7 @@ def overview(
     todo = [p for p in Path(root).rglob("config.json") if "sweep" not in p.parts]
     todo = [p for p in todo if not (p.parent / "result.json").exists()]
     runs, parts = _counted(n, "finished run"), _counted(len(groups), "group")
-    out = [f"{runs} below `{root}`, in {parts}."]
+    out = [f"{runs} below `{root}`, in {parts}.", protocol_text(root)]
     if not n:
         out = [
             f"There is no finished run below `{root}` to compare; make some, e.g. "
@@ -1443,4 +1514,4 @@ def overview(
         out.append(f"Not finished, and not shown: {len(todo)}.")
     lines = ["", *(f"- {text}" for text in wrong[:20])] if wrong else []
     lines += [f"- and {len(wrong) - 20} more"] if len(wrong) > 20 else []
-    return "\n".join([" ".join(out), *lines])
+    return "\n".join([" ".join(filter(None, out)), *lines])

@@ -32,7 +32,7 @@ from mla_nb.runs.run import Run, build, fused_sgd, make_dataset, make_opt, run
 from mla_nb.tools import set_seed
 from mla_nb.train.learner import Learner, Recorder
 from mla_nb.train.loaders import Loaders, Shuffle
-from mla_nb.train.runtime import Runtime, compile_encoders, tensors
+from mla_nb.train.runtime import compile_encoders, tensors
 
 MODS, TINY = (
     ("audio", "visual"),

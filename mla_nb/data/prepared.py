@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..core import InputError, Modality, Splits, health_checks, validate_option
-from .decode import decode_image
+from .decode import decode_image, pixels_of
 from ..tools import locked, read_json, sha256, write_atomic
 
 # %% ../../nbs/23_prepared.ipynb #5f91593e
@@ -71,8 +71,8 @@ def unpack(item, mod: Modality, name: str = ""):
     pick = PICKS[mod.info.get("pick", "middles")]
     at = pick(len(item), mod.info.get("use", len(item)))
     # colors last in memory, as decoders write them and resizing is fastest
-    rows = [decode_image(item[k], name).permute(1, 2, 0) for k in at]
-    return torch.stack(rows).permute(0, 3, 1, 2)
+    frames = np.stack([pixels_of(item[k], name) for k in at])
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
 def evenly(

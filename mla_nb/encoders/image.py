@@ -63,7 +63,7 @@ def resize(
     how = InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
     flat = x.reshape(-1, *x.shape[-3:]).contiguous(memory_format=torch.channels_last)
     out = v2.functional.resize(flat, list(size), how, antialias=True)  # fast for bytes
-    return out.contiguous().view(*x.shape[:-2], *out.shape[-2:])
+    return out.unflatten(0, x.shape[:-3]) if x.dim() > 3 else out[0]
 
 # %% ../../nbs/04_image.ipynb #01931df9
 class Pixels(Preprocessor):
@@ -103,6 +103,11 @@ class Pixels(Preprocessor):
         top, left = ((n - self.size) // 2 for n in x.shape[-2:])
         return x[..., top : top + self.size, left : left + self.size]
 
+    def forward(self, items):
+        "(B,…,3,H,W) uint8; colors last in memory, as decoders write them"
+        colors_last = [self.encode(i).movedim(-3, -1) for i in items]
+        return torch.stack(colors_last).movedim(-1, -3)
+
     def augment(self, x, seed: int, what: str = "crop,flip"):
         "A random variation of a raw item, as `augment_image` makes it"
         return augment_image(x, seed, what, self.size, self.bicubic)
@@ -110,7 +115,8 @@ class Pixels(Preprocessor):
     def normalize(self, x):
         "(B,…,3,H,W) floats with mean 0 and deviation 1 per channel"
         mean, std = (255 * v.view(3, 1, 1) for v in (self.mean, self.std))
-        return x.to(torch.float, copy=True).sub_(mean).div_(std)
+        x = x.to(torch.float, copy=True, memory_format=torch.contiguous_format)
+        return x.sub_(mean).div_(std)
 
 # %% ../../nbs/04_image.ipynb #60eae660
 class OverFrames(ModuleEncoder):
