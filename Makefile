@@ -6,6 +6,7 @@
 #   make demo DATASET=iemocap ENCODER=features [FEATURES=SPEC]     encoders run over the dataset once, both methods train on
 #                                               what they make; without FEATURES the encoders are small and random
 #   make demo DATASET=iemocap ENCODER=m3ae      masked autoencoders of the size SIZE=small; sound is read by CAV-MAE
+#   make paper DATASET=cremad ROOT=CREMA-D     the paper's table: every method, tuned, five seeds, and a report
 #   make test                     every test, and every chapter
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -61,7 +62,7 @@ TRAIN := $(if $(LR),-p lr $(LR)) $(if $(BATCH),-p batch_size $(BATCH))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help setup lint format demo features prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test soak solutions browser site lab chapter export clean readme check-python lock benchmark results
+.PHONY: help setup paper prepare-paper lint format demo features prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test soak solutions browser site lab chapter export clean readme check-python lock benchmark results
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -79,6 +80,31 @@ $(READY): $(DEPS) setup.py settings.ini pyproject.toml
 	touch $@
 
 setup: $(READY) ## the environment in .venv
+
+# make paper: the whole table of a dataset. Without ROOT= on a made miniature, with the preset small.
+PRESET  ?= $(if $(ROOT),paper,small)
+SEEDS   ?= 0:5
+TUNING  ?= 100:103
+RATES   ?= auto
+comma   := ,
+empty   :=
+space   := $(empty) $(empty)
+given    = $(if $(filter-out file undefined,$(origin $(1))),--$(2) '$($(1))')
+PAPER   := runs/paper/$(DATASET)-$(PRESET)$(if $(filter features,$(ENCODER)),-features)
+# what a preset stores lies beside what make demo has prepared
+KEEP    := $(if $(filter features,$(ENCODER)),,$(if $(ROOT),$(filter paper,$(PRESET))))
+WHAT    := $(or $(DATASET_ARGS),$(if $(KEEP),variant=$(KEEP)))
+WHICH   := $(if $(filter-out file,$(origin METHODS)),$(METHODS),all)
+paper: $(if $(filter features,$(ENCODER)),features,$(if $(filter $(DATASET),$(MEDIA)),prepare-paper,prepare-$(DATASET))) ## every method, rate and seed on a dataset, ending in a report: make paper DATASET=cremad ROOT=CREMA-D [SPLIT=...] [METHODS=concat,mla] [SEEDS=0:2]
+	$(BIN)/mla grid --dataset '$(DATASET)$(if $(WHAT),($(WHAT)))' --preset $(PRESET) \
+	  --method '$(subst $(space),$(comma),$(strip $(WHICH)))' --seed $(SEEDS) --lr $(RATES) --tune_seed $(TUNING) --root $(PAPER) \
+	  $(call given,EPOCHS,epochs) $(call given,ENCODER,encoder) $(call given,MEASURE,measure) $(call given,JOBS,jobs) \
+	  $(or $(call given,BATCH,batch_size),$(if $(MADE),--batch_size 16))
+	$(BIN)/python tools/nbs.py papermill --log-level WARNING nbs/experiments/compare.ipynb $(PAPER)/compare.ipynb -k python3 -p root $(PAPER)
+	@echo; echo "the report: $(PAPER)/compare.ipynb"
+prepare-paper: $(READY)
+	$(BIN)/python data_scripts/prepare_$(DATASET).py --preset $(PRESET) $(if $(KEEP),--variant $(KEEP)) \
+	  $(if $(ROOT),--root '$(ROOT)' $(if $(SPLIT),--split $(SPLIT)),--miniature)
 
 demo: prepare-$(DATASET) $(if $(filter features,$(ENCODER)),features) ## concat and mla, start to end: executed notebooks in runs/demo/ and a table
 	@mkdir -p $(DEMO)
