@@ -99,13 +99,14 @@ def make_method(cfg: ModelConfig) -> Method:
 def encoder_names(
     spec: str,  # 'small', 'audio=resnet18,image=small', 'text=hf:NAME(train_last=2)'
     modalities: dict,  # name -> Modality
+    others=(),  # modalities that may be named too, and are not used
 ) -> dict:  # modality -> (name in the registry, options of its factory)
     "Which encoder reads which modality"
     discover()
     each = _each_encoder(spec, modalities)
     for m in each:
-        if m not in modalities:
-            raise unknown("modality", m, modalities)
+        if m not in modalities and m not in others:
+            raise unknown("modality", m, {**modalities, **dict.fromkeys(others)})
     missing = [m for m in modalities if m not in each]
     if missing:
         raise InputError(
@@ -386,7 +387,7 @@ def build(
     "Net, loaders, method and optimizer of a run"
     method = make_method(cfg)
     mods = _used_modalities(method, s)
-    names = encoder_names(cfg.encoder, mods)
+    names = encoder_names(cfg.encoder, mods, s.modalities)
     _try_rule(method.rule, len(mods), len(s.classes))
     set_seed(cfg.seed)
     net = make_net(method.head, make_encoders(names, s, preprocessors), len(s.classes))
@@ -561,14 +562,16 @@ def _forget(folder, was_there):
     shutil.rmtree(folder.events, ignore_errors=True)
 
 # %% ../../nbs/43_runs.ipynb #855d224b
-def _recipes(cfg, net, mods):
+def _recipes(cfg, net, s):
     "How to build each encoder again; a recipe replaces options that name a source"
+    used = {m: s.modalities[m] for m in net.encoders}
+    names = encoder_names(cfg.encoder, used, s.modalities)
     return {
         m: {
             "name": name,
             "options": net.encoders[m].recipe or options,
         }
-        for m, (name, options) in encoder_names(cfg.encoder, mods).items()
+        for m, (name, options) in names.items()
     }
 
 
@@ -580,7 +583,7 @@ def _about(cfg, s, net) -> dict:
         "data": data_checksum(cfg),
         "classes": s.classes,
         "modalities": {m: asdict(v) for m, v in mods.items()},
-        "encoders": _recipes(cfg, net, mods),
+        "encoders": _recipes(cfg, net, s),
         "dataset": s.info,
         "items": {m: list(getattr(s.train.column(m)[0], "shape", [])) for m in mods},
     }
