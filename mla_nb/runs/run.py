@@ -499,7 +499,8 @@ def run(
 
 def stored_note(cfg, s: Splits) -> str:
     "How a dataset was prepared otherwise than the preset `paper` has it; '' if not"
-    wanted = datasets[cfg.dataset].stored.get(cfg.preset, {})
+    wanted = datasets[cfg.dataset].stored.get("paper", {})
+    wanted = wanted if cfg.preset == "paper" else {}
     odd = {k: v for k, v in wanted.items() if s.info.get(k) != v}
     if not odd:
         return ""
