@@ -843,14 +843,18 @@ def media_parser(
         metavar="NAME",
         help=f"keep it beside others, as {name}-NAME",
     )
-    return add_options(p, **extra)
+    return add_options(p, LAPTOP, **extra)
 
 
-def add_options(p, **extra):
+def add_options(
+    p,  # an `argparse.ArgumentParser`
+    preset=(),  # option -> value by the preset small, where that is another one
+    **extra,  # as for `media_parser`
+):
     "What to store, and where: the options of every preparation script"
     offered = {**{k: (v, HELP[k]) for k, v in media_options().items()}, **extra}
     for k, (v, text) in ((k, o) for k, o in offered.items() if o):
-        usual = f"{LAPTOP[k]}, or as the preset has it" if k in LAPTOP else v
+        usual = f"{preset[k]}, or as the preset has it" if k in preset else v
         p.add_argument(
             f"--{k}",
             type=type(v),
