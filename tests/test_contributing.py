@@ -1,6 +1,7 @@
 "The walk-through of CONTRIBUTING.md, walked: a method is one file, an encoder is one."
 
 import inspect
+import json
 import os
 import re
 import shutil
@@ -15,15 +16,26 @@ from conftest import ROOT
 from mla_nb.core import discover
 from mla_nb.data.decode import encode_image
 
-TRAIN = ("-m", "mla_nb.cli", "train")
 TINY = [
     "--dataset_args",
-    "n_train=96,n_valid=32,n_test=32",
+    "n_train=96,n_valid=32,n_test=32,size=16",
     "--epochs",
     "1",
     "--progress",
     "false",
 ]
+
+
+SEVERAL = """
+import json, sys
+from mla_nb.cli import main
+for args in json.loads(sys.argv[1]):
+    try:
+        main(args)
+    except SystemExit as e:
+        print(e.code)
+    print(chr(12))
+"""  # commands of `mla`, one after the other; importing takes longer than all of them
 
 
 def section(heading):
@@ -81,17 +93,21 @@ def call(tmp_path):
             text=True,
         )
 
+    call.mla = lambda *commands: call("-c", SEVERAL, json.dumps(commands))
     return call
 
 
 def test_adding_a_method_is_one_file(tmp_path, call):
     (tmp_path / "mla_nb/methods/batch_dropout.py").write_text(block("Add a method"))
     assert call("tools/index.py").returncode == 0  # what `make export` does
-    assert "batch_dropout" in call(*TRAIN, "--help").stdout
-    out = call(*TRAIN, "--method", "batch_dropout", "--method_args", "p=.5", *TINY)
-    assert out.returncode == 0 and ", batch_dropout(p=0.5) |" in out.stdout, out.stderr
-    said = call(*TRAIN, "--method", "batch_dropot", *TINY).stderr
-    assert "did you mean 'batch_dropout'" in said
+    train = ["train", "--method", "batch_dropout", "--method_args", "p=.5", *TINY]
+    wrong = ["train", "--method", "batch_dropot", *TINY]
+    done = call.mla(["train", "--help"], train, wrong)
+    helped, trained, refused, rest = done.stdout.split("\f")
+    assert done.returncode == 0 and not rest.strip(), done.stderr
+    assert "batch_dropout" in helped
+    assert ", batch_dropout(p=0.5) |" in trained, done.stderr
+    assert "did you mean 'batch_dropout'" in refused
 
 
 def test_adding_an_encoder_is_one_file(tmp_path, call):
@@ -100,14 +116,16 @@ def test_adding_an_encoder_is_one_file(tmp_path, call):
     checked = call("-m", "pytest", "-q", "tests/test_contracts.py", "-k", "thumbnail")
     assert checked.returncode == 0 and "2 passed" in checked.stdout, checked.stdout
     spec = "audio=small,visual=thumbnail(size=4),text=small"
-    out = call(*TRAIN, "--encoder", spec, "--name", "mine", *TINY)
-    assert out.returncode == 0, out.stderr
+    train = ["train", "--encoder", spec, "--name", "mine", *TINY]
+    wrong = ["train", "--encoder", spec.replace("thumbnail", "thumbnial"), *TINY]
+    done = call.mla(train, wrong)
+    trained, refused, rest = done.stdout.split("\f")
+    assert done.returncode == 0 and not rest.strip(), done.stderr
+    assert "best epoch" in trained, done.stderr
+    assert "did you mean 'thumbnail'" in refused
     stored = (tmp_path / "runs/mine/preprocessors.json").read_text()
     assert '"size": 4' in stored  # hence the encoder is built again without data
     picture = np.zeros((3, 32, 32), "u1")
     (tmp_path / "black.png").write_bytes(encode_image(picture))
     out = call("-m", "mla_nb.cli", "predict", "runs/mine", "--visual", "black.png")
     assert out.returncode == 0 and out.stdout.startswith("black: "), out.stderr
-    wrong = spec.replace("thumbnail", "thumbnial")
-    out = call(*TRAIN, "--encoder", wrong, *TINY)
-    assert "did you mean 'thumbnail'" in out.stderr

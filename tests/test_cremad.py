@@ -36,6 +36,7 @@ def tree(tmp_path_factory):
 
 
 def cli(*args, ok=True):
+    "A process of its own, with workers of its own; `script` needs none"
     p = subprocess.run(
         [sys.executable, str(ROOT / "data_scripts/prepare_cremad.py"), *map(str, args)],
         capture_output=True,
@@ -133,14 +134,14 @@ def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine):
     out = cli("--root", mine, "--audio", "log_mel", "--seconds", 1.5, "--size", 24)
     assert "ready: data/cremad" in out and "total" in out and "anger" in out
     before = {p: p.stat().st_mtime_ns for p in (mine.parent / "data").rglob("*")}
-    assert "already prepared: 120" in cli(
-        "--root", mine, "--audio", "log_mel", "--seconds", 1.5, "--size", 24
+    assert "already prepared: 120" in script(
+        "cremad", "--root", mine, "--audio", "log_mel", "--seconds", 1.5, "--size", 24
     )
     assert before == {
         p: p.stat().st_mtime_ns for p in (mine.parent / "data").rglob("*")
     }
-    assert "prepared differently (options." in cli(
-        "--root", mine, "--audio", "fbank", ok=False
+    assert "prepared differently (options." in script(
+        "cremad", "--root", mine, "--audio", "fbank", ok=False
     )
     check_dataset(datasets["cremad"]())
     r = run(
@@ -162,7 +163,7 @@ def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine):
 
 def test_miniature_says_what_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out = cli("--miniature")
+    out = script("cremad", "--miniature")
     assert "nothing in it was recorded" in out and "ready: data/cremad-miniature" in out
     assert (
         "made, not recorded"
@@ -223,7 +224,7 @@ def test_capitals_and_hidden_files_do_not_matter(mine):
 def test_a_clone_without_lfs_is_named_as_such(mine):
     for f in mine.rglob("*.*v"):
         f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    said = cli("--root", mine, ok=False)
+    said = script("cremad", "--root", mine, ok=False)
     assert (
         "git lfs pull" in said
         and "hardly the right folder" in said
@@ -232,11 +233,11 @@ def test_a_clone_without_lfs_is_named_as_such(mine):
 
 
 def test_wrong_roots_splits_and_names(mine):
-    assert "AudioWAV: there is no such folder" in cli(
-        "--root", mine / "AudioWAV", ok=False
+    assert "AudioWAV: there is no such folder" in script(
+        "cremad", "--root", mine / "AudioWAV", ok=False
     )
-    assert "did you mean 'speaker'" in cli(
-        "--root", mine, "--split", "speakers", ok=False
+    assert "did you mean 'speaker'" in script(
+        "cremad", "--root", mine, "--split", "speakers", ok=False
     )
     (
         (mine.parent / "train.csv").write_text(
@@ -244,17 +245,19 @@ def test_wrong_roots_splits_and_names(mine):
         ),
         (mine.parent / "test.csv").write_text("1002_IEO_HAP_MD,HAP\n"),
     )
-    assert "1 of 3 samples that are not there (1099_IEO_HAP_MD)" in cli(
-        "--root", mine, "--split", "train.csv", "test.csv", ok=False
+    assert "1 of 3 samples that are not there (1099_IEO_HAP_MD)" in script(
+        "cremad", "--root", mine, "--split", "train.csv", "test.csv", ok=False
     )
     (mine / "AudioWAV/notes.wav").write_text("x")
-    assert "'notes' is not named ACTOR_SENTENCE" in cli("--root", mine, ok=False)
+    assert "'notes' is not named ACTOR_SENTENCE" in script(
+        "cremad", "--root", mine, ok=False
+    )
     assert not (mine.parent / "data").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_one_sentence(mine):
     (mine.parent / "locked").mkdir(mode=0o500)
-    assert "cannot read or write" in cli(
-        "--root", mine, "--data", "locked", "--size", 24, ok=False
+    assert "cannot read or write" in script(
+        "cremad", "--root", mine, "--data", "locked", "--size", 24, ok=False
     )

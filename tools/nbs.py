@@ -32,6 +32,15 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 ENCRYPTED = Config(
     KernelManager={"transport_encryption": "auto"}
 )  # else others on the machine can listen, and ipykernel warns at every start
+SHARED = [  # what most chapters load at some time; torch._dynamo at the first step
+    "torch._dynamo",
+    "torchvision",
+    "sklearn.linear_model",
+    "accelerate",
+    "datasets",
+    "matplotlib.pyplot",
+    "nbdev.test",
+]
 HIDE = re.compile(r"^\s*#\s*\|\s*(hide|default_exp|export|exporti)\b", re.M)
 
 
@@ -98,7 +107,7 @@ def test(names, jobs):
     import multiprocessing
     from importlib import import_module
 
-    for package in ("torch", "matplotlib.pyplot", "nbdev.test"):
+    for package in SHARED:
         import_module(package)
     paths = [*map(chapter, names)] or sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
     with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
