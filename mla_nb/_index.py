@@ -19,7 +19,12 @@ INDEX = {
         "digits": {},
         "food101": {
             "paper": {
-                "encoder": "image=m3ae(weights=weights/m3ae_base.pkl,pixels=256,pool=all,imagenet=True,center=True,bicubic=True),text=m3ae(weights=weights/m3ae_base.pkl,tokenizer=weights/vocab.txt,length=256,pool=all)",
+                "encoder": (
+                    "image=m3ae(weights=weights/m3ae_base.pkl,pixels=256,"
+                    "pool=all,imagenet=True,center=True,bicubic=True),"
+                    "text=m3ae(weights=weights/m3ae_base.pkl,"
+                    "tokenizer=weights/vocab.txt,length=256,pool=all)"
+                ),
                 "augment": "resized,flip,color",
                 "epochs": 100,
                 "batch_size": 64,
@@ -33,7 +38,13 @@ INDEX = {
         },
         "iemocap": {
             "paper": {
-                "encoder": "audio=cavmae(weights=weights/cavmae.pth),video=m3ae(weights=weights/m3ae_base.pkl,pixels=256,pool=all,imagenet=True,center=True,bicubic=True),text=m3ae(weights=weights/m3ae_base.pkl,tokenizer=weights/vocab.txt,length=256,pool=all)",
+                "encoder": (
+                    "audio=cavmae(weights=weights/cavmae.pth),"
+                    "video=m3ae(weights=weights/m3ae_base.pkl,pixels=256,"
+                    "pool=all,imagenet=True,center=True,bicubic=True),"
+                    "text=m3ae(weights=weights/m3ae_base.pkl,"
+                    "tokenizer=weights/vocab.txt,length=256,pool=all)"
+                ),
                 "augment": "resized,flip,color",
                 "epochs": 100,
                 "batch_size": 64,
@@ -61,7 +72,12 @@ INDEX = {
         },
         "mvsa": {
             "paper": {
-                "encoder": "image=m3ae(weights=weights/m3ae_base.pkl,pixels=256,pool=all,imagenet=True,center=True,bicubic=True),text=m3ae(weights=weights/m3ae_base.pkl,tokenizer=weights/vocab.txt,length=256,pool=all)",
+                "encoder": (
+                    "image=m3ae(weights=weights/m3ae_base.pkl,pixels=256,"
+                    "pool=all,imagenet=True,center=True,bicubic=True),"
+                    "text=m3ae(weights=weights/m3ae_base.pkl,"
+                    "tokenizer=weights/vocab.txt,length=256,pool=all)"
+                ),
                 "augment": "resized,flip,color",
                 "epochs": 100,
                 "batch_size": 64,

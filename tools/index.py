@@ -8,6 +8,7 @@ python tools/index.py --check   say whether it is up to date
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 PATH = Path(__file__).parents[1] / "mla_nb/_index.py"
@@ -41,11 +42,25 @@ def registries() -> dict:
     }
 
 
+def folded(line: str) -> str:
+    "A line with a long text as a text of several lines"
+    if len(line) <= 88:
+        return line
+    indent = " " * (len(line) - len(line.lstrip()))
+    key, _, value = line.strip().partition(": ")
+    words, comma = value.rstrip(",").strip('"'), "," * value.endswith(",")
+    parts = textwrap.wrap(words.replace(",", ", "), 60, break_long_words=False)
+    parts = [p.replace(", ", ",") for p in parts]
+    listed = "".join(f'{indent}    "{p}"\n' for p in parts)
+    return f"{indent}{key}: (\n{listed}{indent}){comma}"
+
+
 def text(index: dict) -> str:
     "The module's source"
     literal = json.dumps(index, indent=4, ensure_ascii=False)
     for word, python in (("true", "True"), ("false", "False"), ("null", "None")):
         literal = literal.replace(f": {word}", f": {python}")
+    literal = "\n".join(map(folded, literal.splitlines()))
     return f"{HEAD}\nINDEX = {literal}\n"
 
 
