@@ -6,7 +6,7 @@ No waiting inside a step, nothing allocated twice, the same results.
 import subprocess
 import sys
 from functools import partial
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -491,3 +491,39 @@ def test_a_benchmark_called_profile_does_not_hide_the_standard_one():
     assert subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     ).stdout.split() == ["Profile", "True"]
+
+
+# evaluation batches that do not fit ---------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["", "0.6"])
+def test_an_evaluation_batch_that_does_not_fit_is_halved(missing, capsys):
+    learn = pictures(missing=missing, missing_test=missing, encoder="small")
+    whole = learn.predictions(learn.dls.test)
+    encoder, seen = learn.net.encoders["visual"], []
+    forward = encoder.forward
+
+    def small_memory(x):
+        if len(x) > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        seen.append(len(x))
+        return forward(x)
+
+    encoder.forward = small_memory
+    halved = learn.predictions(learn.dls.test)
+    assert torch.allclose(halved.fused, whole.fused, atol=1e-5) and max(seen) <= 7
+    assert halved.present.equal(whole.present) and halved.idx.equal(whole.idx)
+    said = capsys.readouterr().out.count("too many to evaluate at once")
+    learn.predictions(learn.dls.test)  # what fits is known by now
+    assert said and "too many" not in capsys.readouterr().out
+    encoder.forward = lambda x: small_memory(x.repeat(8, *[1] * (x.dim() - 1)))
+    with pytest.raises(torch.OutOfMemoryError):  # a single row does not fit
+        learn.predictions(learn.dls.test)
+
+
+def test_a_training_batch_that_does_not_fit_is_an_error():
+    "Halving it would change what is learned"
+    learn = pictures(encoder="small")
+    learn.net.encoders["visual"].forward = Mock(side_effect=torch.OutOfMemoryError("x"))
+    with pytest.raises(torch.OutOfMemoryError):
+        learn.fit(1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['compile_encoders', 'start_accelerator', 'tensors', 'PrefetchLoader', 'deal', 'DealtBatches', 'presence',
-           'ProcessLoader', 'empty_inputs', 'part_of', 'reduced_gradients', 'Processes', 'Runtime']
+           'ProcessLoader', 'empty_inputs', 'part_of', 'reduced_gradients', 'Processes', 'joined', 'Runtime']
 
 # %% ../../nbs/39_processes.ipynb #d9dbd8c9
 import os
@@ -431,8 +431,24 @@ def _channels_last(x):
     return flat if x.dim() == 4 else flat.unflatten(0, x.shape[:2])
 
 
+def joined(
+    parts: list,  # features of rows that follow each other
+    sizes: list,  # how many rows each part has
+) -> dict:
+    "The features of all parts; zeros where a part has no row of a modality"
+    first = {m: z for p in reversed(parts) for m, z in p.items()}
+    return {
+        m: torch.cat(
+            [p.get(m, z.new_zeros(k, z.shape[1])) for p, k in zip(parts, sizes)]
+        )
+        for m, z in first.items()
+    }
+
+
 class Runtime(Processes):
     "Devices, precision, micro-batches and processes, by Hugging Face Accelerate"
+
+    fits = 0  # rows that can be evaluated at once; 0: as many as a batch has
 
     def __init__(
         self,
@@ -501,6 +517,23 @@ class Runtime(Processes):
         )
 
     def features(self, net: Net, b: Batch) -> dict:
+        "Encode a batch; in evaluation, one that does not fit into memory in parts"
+        while not net.training:
+            try:
+                rows = torch.arange(len(b)).split(self.fits or max(1, len(b)))
+                if len(rows) < 2:
+                    return self.encoded(net, b)
+                parts = [self.encoded(net, b.select_rows(r)) for r in rows]
+                return joined(parts, [len(r) for r in rows])
+            except torch.OutOfMemoryError:
+                self.fits = min(self.fits or len(b), len(b)) // 2
+                if not self.fits:
+                    raise
+                torch.cuda.empty_cache()
+                print(f"note: {2 * self.fits} rows are too many to evaluate at once")
+        return self.encoded(net, b)
+
+    def encoded(self, net: Net, b: Batch) -> dict:
         "Encode a batch, in the precision asked for; the head gets 32 bits"
         if self.channels_last:
             b = replace(b, x={m: _channels_last(v) for m, v in b.x.items()})
