@@ -760,6 +760,7 @@ def card(
     named = ", ".join(p.classes[:20]) + (
         f" … ({len(p.classes)} in all)" if len(p.classes) > 20 else ""
     )
+    split = f", split {p.result['split']}" if p.result.get("split") else ""
     return "\n".join(
         [
             f"# {r['method']} on {r['dataset']}",
@@ -770,7 +771,7 @@ def card(
             "",
             *reads,
             "",
-            f"Trained on: {name}; {r['epochs']} epochs, seed {r['seed']}, "
+            f"Trained on: {name}{split}; {r['epochs']} epochs, seed {r['seed']}, "
             f"epoch {p.result['best_epoch']} chosen on validation.",
             "",
             f"Test accuracy in %, {p.result['n_test']} samples, looked at once:",

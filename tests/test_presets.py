@@ -11,6 +11,7 @@ from mla_nb.compare import plan
 from mla_nb.core import InputError, datasets, discover
 from mla_nb.data.miniature import miniature
 from mla_nb.encoders.image import IMAGENET
+from mla_nb.predict import card, load
 from mla_nb.runs.config import PRESET, Run, preset_text
 from mla_nb.runs.run import build, make_dataset, run, settled
 
@@ -131,10 +132,12 @@ def test_the_paper_path_on_the_miniature(clips, capsys):
 def test_the_paper_preset_runs_and_says_how_the_data_differ(clips, tmp_path, capsys):
     told = {"encoder": "small", "epochs": 1, "progress": False, "workers": 0}
     where = {"data": str(clips), "root": str(tmp_path)}
-    r = run(paper("cremad", **told, **where))
+    cfg = paper("cremad", **told, **where)
+    r, r_folder = run(cfg), settled(cfg).folder
     said = capsys.readouterr().out
     assert 0 <= r["test"]["accuracy"]["fused"] <= 1
     assert "prepared with size=48, store=64, where the preset has size=224" in said
+    assert "miniature: made, not recorded), split random;" in card(load(r_folder))
 
 
 def test_without_weights_it_says_where_they_are(tmp_path, monkeypatch):
