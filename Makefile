@@ -183,7 +183,7 @@ gpu: $(READY) ## every dataset's preset at full size, and steps in fp32, bf16, c
 site: $(READY) ## the chapters and the API as a web site in _site/html/
 	$(BIN)/python tools/site.py build
 	$(BIN)/python tools/site.py check
-params: $(READY) ## parameter files for papermill, one per dataset and method
+params: $(READY) ## parameter files for papermill, one per dataset and preset
 	$(BIN)/python tools/params.py
 results: $(READY) ## every run behind the tables, about an hour: make results ARCHIVE=FILE.zip
 	$(if $(ARCHIVE),,@echo "which recordings? make results ARCHIVE=FILE.zip"; exit 1)

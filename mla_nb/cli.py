@@ -25,7 +25,11 @@ import typer
 from ._index import INDEX
 from mla_nb.runs.config import (
     PRESET,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
     Run,
+    RuntimeConfig,
     preset_text,
     split_list,
     with_args,
@@ -84,10 +88,15 @@ def field_options(
 ) -> list:  # of inspect.Parameter
     "An option of the command line for each field of `Run`"
     out = []
-    for name, field in Run.model_fields.items():
+    groups = DataConfig, ModelConfig, OptimConfig, RuntimeConfig
+    for name, field in ((k, f) for g in groups for k, f in g.model_fields.items()):
         if name in skip:
             continue
-        usual = f"preset, or {PRESET[name]}" if name in PRESET else repr(field.default)
+        usual = (
+            f"as the preset has it: {PRESET[name] or 'none'} for small"
+            if name in PRESET
+            else repr(field.default)
+        )
         help_text = f"{field.description} (default: {usual})"
         shown = typer.Option(f"--{name}", help=help_text, hidden=name in hidden)
         kind = Annotated[str | None, shown]
@@ -265,13 +274,18 @@ def grid(
     ] = "synthetic",
     preset: Annotated[
         str,
-        typer.Option(help="'paper': published settings, all methods, tuned rates"),
+        typer.Option(
+            help="'small', or 'paper': settings as released, all methods, tuned rates"
+        ),
     ] = "small",
     method: Annotated[
         str,
-        typer.Option(help="e.g. 'concat,ogm(alpha=.5),unimodal,mla', or 'all'"),
+        typer.Option(
+            help="e.g. 'concat,ogm(alpha=.5),unimodal,mla', or 'all'; nothing: "
+            "concat,mla, or all with the preset paper"
+        ),
     ] = "",
-    seed: Annotated[str, typer.Option(help="0:5 or 0,1,2")] = "0:5",
+    seed: Annotated[str, typer.Option(help="0:5 (0 to 4) or 0,1,2")] = "0:5",
     lr: Annotated[
         str,
         typer.Option(
@@ -280,7 +294,10 @@ def grid(
         ),
     ] = "",
     tune_seed: Annotated[
-        str, typer.Option("--tune_seed", help="seeds of the sweep (auto: three)")
+        str,
+        typer.Option(
+            "--tune_seed", help="of the sweep; nothing: 100, or 100:103 with auto"
+        ),
     ] = "",
     jobs: Annotated[
         str, typer.Option(help="runs side by side; 0: one per core, 1 on a GPU")
@@ -290,7 +307,10 @@ def grid(
     ] = "",
     measure: Annotated[
         str,
-        typer.Option(help="seconds to measure before an estimate of time and disk"),
+        typer.Option(
+            help="seconds to measure for an estimate of time and disk; nothing: 60 "
+            "with --lr auto; 0: no estimate"
+        ),
     ] = "",
     **fields,
 ):

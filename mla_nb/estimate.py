@@ -53,7 +53,7 @@ def measured(
     cfg: Run,
     s: Splits,  # its dataset
     seconds: float,  # to train for
-) -> dict:  # seconds of an epoch, bytes of the net, MiB of memory
+) -> dict:  # seconds of an epoch, bytes of the net
     "Train for some seconds, keep nothing, and say what an epoch will take"
     learn = build(cfg, s)
     clock = StepClock(seconds)
@@ -122,7 +122,7 @@ def estimate_text(
             "choose a folder on another disk with --root, or fewer methods or seeds."
         )
     return (
-        f"estimate, from {e['seconds']:.0f} s of training on this machine: "
+        f"estimate, from {e['seconds']:.0f} s of loading and training on this machine: "
         f"{e['runs']} runs{sweep}, about {took}{jobs}; {size} on disk ({free} are free)"
     )
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from mla_nb.core import datasets, discover
 from mla_nb.runs.config import PRESET
-from mla_nb.runs.run import Run
 
 discover()
 OUT = Path(__file__).parents[1] / "nbs/experiments/params"
@@ -19,9 +18,8 @@ MODALITIES = {n: s.modalities for n, s in datasets.items() if s.modalities}
 
 def text(dataset: str, preset: str) -> str:
     "The fields that a preset fills, as YAML"
-    cfg = Run(dataset=dataset, preset=preset)
     told = {**PRESET, **datasets[dataset].presets.get(preset, {})}
-    values = {k: getattr(cfg, k) for k in ("dataset", "preset", *told)}
+    values = {"dataset": dataset, "preset": preset, **told}
     return "".join(f"{k}: {v!r}\n".replace("'", '"') for k, v in values.items())
 
 

@@ -773,7 +773,7 @@ def summary(folder) -> str:
 # %% ../../nbs/24_files.ipynb #a79a7c04
 HELP = {
     "audio": f"what is made of sound: {', '.join(FEATURES)}",
-    "seconds": "of sound per clip",
+    "seconds": "of sound per clip; fbank always has 1024 frames",
     "fps": "frames stored per second of video",
     "frames": "frames that a sample shows",
     "size": "pixels along a side, as encoders see pictures",
@@ -789,7 +789,7 @@ SMALL = {
     "seconds": 1.5,
     "size": 48,
 }  # what is stored of a miniature, unless something else is asked for
-LAPTOP = {"audio": "log_mel", "size": 96}  # the same of a dataset, by the preset small
+LAPTOP = {"audio": "log_mel", "size": 96}  # what the preset small stores of a dataset
 
 
 def media_parser(
@@ -829,7 +829,7 @@ def media_parser(
         default="small",
         metavar="NAME",
         help="what is stored where no option below says so: 'small', or 'paper', "
-        "as the dataset's published settings have it (default: small)",
+        "as MLA's released code needs it (default: small)",
     )
     p.add_argument(
         "--absent",
@@ -848,13 +848,13 @@ def media_parser(
 
 def add_options(
     p,  # an `argparse.ArgumentParser`
-    preset=(),  # option -> value by the preset small, where that is another one
+    preset=None,  # option -> value by the preset small, where there are presets
     **extra,  # as for `media_parser`
 ):
     "What to store, and where: the options of every preparation script"
     offered = {**{k: (v, HELP[k]) for k, v in media_options().items()}, **extra}
     for k, (v, text) in ((k, o) for k, o in offered.items() if o):
-        usual = f"{preset[k]}, or as the preset has it" if k in preset else v
+        usual = f"{preset.get(k, v)}, or as the preset has it" if preset else v
         p.add_argument(
             f"--{k}",
             type=type(v),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOUNS', 'PRESET', 'Whole', 'Number', 'Flag', 'Text', 'KINDS', 'Options', 'Variations', 'Rate', 'ELSEWHERE', 'allowed',
            'Config', 'parse_args', 'split_list', 'with_options', 'with_args', 'option', 'DataConfig', 'ModelConfig',
-           'OptimConfig', 'RuntimeConfig', 'preset_of', 'started_processes', 'Run', 'preset_text']
+           'OptimConfig', 'RuntimeConfig', 'preset_of', 'auto_precision', 'started_processes', 'Run', 'preset_text']
 
 # %% ../../nbs/42_config.ipynb #f8c5ca01
 import ast
@@ -94,9 +94,10 @@ def _sentence(cls, error: ValidationError) -> InputError:
     name = first["loc"][0]
     field = cls.model_fields[name]
     default = PRESET.get(name, field.default)
+    usual = "the preset small has" if name in PRESET else "the default is"
     return InputError(
         f"{name}={_shown(first['input'])!r}: must be {allowed(field)}; "
-        f"the default is {default!r} ({field.description})."
+        f"{usual} {default!r} ({field.description})."
     )
 
 # %% ../../nbs/42_config.ipynb #81ddd48b
@@ -240,10 +241,10 @@ class DataConfig(Config):
     preset: Text = option(
         "small",
         "what holds where nothing else is said: 'small', for a laptop, or 'paper', "
-        "the published settings of a dataset",
+        "the settings of MLA's released code for this dataset",
     )
     dataset_args: Options = option(
-        {}, "its options, e.g. 'preset=balanced,n_train=600'"
+        {}, "options of the dataset, e.g. 'preset=balanced,n_train=600'"
     )
     missing: Rate = option(
         "",
@@ -286,8 +287,8 @@ class OptimConfig(Config):
     epochs: Whole | None = option(None, "passes over the training samples", ge=1)
     batch_size: Whole | None = option(None, "samples per training batch", ge=1)
     lr: Number | None = option(None, "learning rate at the start", gt=0)
-    momentum: Number = option(0.9, "of SGD", ge=0, lt=1)
-    weight_decay: Number = option(1e-4, "of the optimizer", ge=0)
+    momentum: Number = option(0.9, "momentum of SGD", ge=0, lt=1)
+    weight_decay: Number = option(1e-4, "weight decay of the optimizer", ge=0)
     optimizer: Literal["sgd", "adamw"] = option(
         "sgd", "'sgd' or 'adamw'", "'sgd' or 'adamw'"
     )
@@ -318,7 +319,7 @@ class OptimConfig(Config):
     fused: Flag = option(
         False, "the optimizer in one kernel: faster, equal up to rounding"
     )
-    seed: Whole = option(0, "of everything that is random", ge=0, le=2**31 - 1)
+    seed: Whole = option(0, "seed of everything that is random", ge=0, le=2**31 - 1)
 
 # %% ../../nbs/42_config.ipynb #98cd5dd0
 def _folder_name(v):
@@ -395,6 +396,17 @@ def preset_of(
     return known[preset]
 
 
+def auto_precision(
+    device="auto",  # of the run
+) -> str:  # 'bf16' or 'no'; 'auto' while PyTorch is not imported
+    "What precision='auto' is on this machine: bf16 on a GPU that has it"
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return "auto"
+    gpu = device == "auto" and torch.cuda.is_available()
+    return "bf16" if gpu and torch.cuda.is_bf16_supported() else "no"
+
+
 def started_processes() -> int:
     "How many processes torchrun or accelerate has started for this run"
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -425,7 +437,10 @@ class Run(DataConfig, ModelConfig, OptimConfig, RuntimeConfig):
         known = preset_of(name, preset) if told else {}
         known = {**PRESET, "processes": started_processes(), **known}
         gaps = {k: v for k, v in known.items() if values.get(k) is None}
-        return {**values, **gaps}
+        values = {**values, **gaps}
+        if values["precision"] == "auto":
+            values["precision"] = auto_precision(values.get("device", "auto"))
+        return values
 
     @property
     def what(self) -> dict:

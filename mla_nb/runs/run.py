@@ -410,12 +410,8 @@ def build(
 
 
 def settled(cfg: Run) -> Run:
-    "A run whose precision is decided: 'auto' is bf16 on a GPU that has it"
-    if cfg.precision != "auto":
-        return cfg
-    gpu = cfg.device == "auto" and torch.cuda.is_available()
-    fast = gpu and torch.cuda.is_bf16_supported()
-    return cfg.replace(precision="bf16" if fast else "no")
+    "A run whose precision='auto' is decided, which Run does once PyTorch is there"
+    return cfg if cfg.precision != "auto" else cfg.replace(precision="auto")
 
 
 def make_runtime(cfg: Run) -> Runtime:
@@ -498,7 +494,7 @@ def run(
 
 
 def stored_note(cfg, s: Splits) -> str:
-    "How a dataset was prepared otherwise than the preset `paper` has it; '' if not"
+    "A note if the preset is `paper` and the data were stored otherwise, or ''"
     wanted = datasets[cfg.dataset].stored.get("paper", {})
     wanted = wanted if cfg.preset == "paper" else {}
     odd = {k: v for k, v in wanted.items() if s.info.get(k) != v}
