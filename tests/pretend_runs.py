@@ -91,7 +91,7 @@ def _batches(self):
     "As on CUDA: one batch ahead"
     if self.device.type != "cpu":
         return self.ahead()
-    return (b.to(self.device) for b in self.batches())
+    return (b.to(self.device) for b in self.dl)
 
 
 @contextmanager

@@ -508,7 +508,7 @@ def test_features_and_other_encoders_do_not_mix(done):
     with pytest.raises(
         InputError,
         match=(
-            r"encoder='resnet18' for audio: its items are extracted features .*say "
+            r"encoder='small' for audio: its items are extracted features .*say "
             r"--encoder features"
         ),
     ):

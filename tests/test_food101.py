@@ -119,13 +119,9 @@ def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine):
         )
     )
     assert set(found["test"]["accuracy"]) == {"image", "text", "fused"}
-    cfg = Run(dataset="food101")
-    assert (cfg.encoder, cfg.epochs, cfg.batch_size, cfg.lr) == (
-        "image=resnet18,text=small",
-        100,
-        64,
-        1e-3,
-    )
+    cfg = Run(dataset="food101", preset="paper")
+    assert "m3ae(weights=" in cfg.encoder
+    assert (cfg.epochs, cfg.batch_size, cfg.lr) == (100, 64, 1e-3)
 
 
 def test_the_miniature_says_that_it_is_one(tmp_path, monkeypatch):

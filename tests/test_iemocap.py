@@ -287,7 +287,7 @@ def test_from_the_command_line_to_a_run_and_twice_is_nothing(mine):
     )
     assert (
         set(r["test"]["accuracy"]) == {"fused", "audio", "video", "text"}
-        and Run(dataset="iemocap").epochs == 100
+        and Run(dataset="iemocap", preset="paper").epochs == 100
     )
 
 

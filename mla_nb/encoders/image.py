@@ -103,11 +103,6 @@ class Pixels(Preprocessor):
         top, left = ((n - self.size) // 2 for n in x.shape[-2:])
         return x[..., top : top + self.size, left : left + self.size]
 
-    def forward(self, items):
-        "(B,…,3,H,W) uint8; colors last in memory, as decoders write them"
-        colors_last = [self.encode(i).movedim(-3, -1) for i in items]
-        return torch.stack(colors_last).movedim(-1, -3)
-
     def augment(self, x, seed: int, what: str = "crop,flip"):
         "A random variation of a raw item, as `augment_image` makes it"
         return augment_image(x, seed, what, self.size, self.bicubic)
@@ -115,8 +110,7 @@ class Pixels(Preprocessor):
     def normalize(self, x):
         "(B,…,3,H,W) floats with mean 0 and deviation 1 per channel"
         mean, std = (255 * v.view(3, 1, 1) for v in (self.mean, self.std))
-        x = x.to(torch.float, copy=True, memory_format=torch.contiguous_format)
-        return x.sub_(mean).div_(std)
+        return x.to(torch.float, copy=True).sub_(mean).div_(std)
 
 # %% ../../nbs/04_image.ipynb #60eae660
 class OverFrames(ModuleEncoder):
