@@ -8,6 +8,7 @@ __all__ = ['ShardShuffle', 'loaders', 'make_sampler', 'nbytes', 'usual_workers',
 # %% ../../nbs/38_loaders.ipynb #a64a572a
 import os
 from functools import partial
+from multiprocessing import current_process
 
 import torch
 from torch.utils.data import DataLoader
@@ -139,6 +140,8 @@ def usual_workers(
     runs: int = 1,  # that go on side by side on this machine
 ) -> int:
     "Processes that prepare batches when nothing is said: the cores left, at most 16"
+    if current_process().daemon:
+        return 0  # such a process may have no children
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     return min(16, max(0, (cores or os.cpu_count() or 1) // runs - 1))
 
