@@ -329,7 +329,7 @@ def grid(
     from mla_nb import compare
 
     runs = compare.plan(dataset, method, seed, **common)
-    for line in dict.fromkeys(preset_text(r.replace(lr=None)) for r in runs[:1]):
+    for line in dict.fromkeys(map(preset_text, runs)):  # one per dataset
         print(line)
     tuned = {
         "lrs": compare.rates_around(runs[0].lr) if auto else lrs,

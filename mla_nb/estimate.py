@@ -74,7 +74,7 @@ def estimate(
     trials: int = 0,  # further runs for every configuration, to tune its rate
     jobs: int = 1,  # runs side by side
     seconds: float = 60.0,  # to measure, for all configurations together
-) -> dict:  # runs, hours, bytes, free
+) -> dict:  # runs, hours, bytes, free; failed: method -> why it has no share in them
     "How long will a grid take, and how much disk? From a measured minute"
     todo = defaultdict(list)
     for c in runs:
@@ -82,14 +82,18 @@ def estimate(
             todo[(c.dataset, str(c.dataset_args), c.method, str(c.method_args))].append(
                 c
             )
-    data, hours, kept, largest = {}, 0.0, 0, 0
+    data, failed, hours, kept, largest = {}, {}, 0.0, 0, 0
     before, begin = torch.get_num_threads(), time.perf_counter()
     torch.set_num_threads(1 if jobs > 1 else before)
     for (name, args, *_), same in todo.items():
         if (name, args) not in data:
             data[name, args] = make_dataset(same[0])
         cfg = same[0].replace(progress=False, workers=usual_workers(jobs))
-        found = measured(cfg, data[name, args], seconds / len(todo))
+        try:
+            found = measured(cfg, data[name, args], seconds / len(todo))
+        except Exception as e:  # the grid says so again, and goes on without it
+            failed[cfg.method] = f"{type(e).__name__}: {e}"
+            continue
         n = len(same) + trials
         hours += n * same[0].epochs * found["epoch"] / 3600 / jobs
         kept, largest = kept + n * found["net"], max(largest, found["net"])
@@ -104,6 +108,7 @@ def estimate(
         "hours": hours,
         "bytes": kept,
         "free": shutil.disk_usage(there).free,
+        "failed": failed,
         "seconds": time.perf_counter() - begin,
     }
 
@@ -124,6 +129,7 @@ def estimate_text(
     return (
         f"estimate, from {e['seconds']:.0f} s of loading and training on this machine: "
         f"{e['runs']} runs{sweep}, about {took}{jobs}; {size} on disk ({free} are free)"
+        + "".join(f"; without {m} ({why})" for m, why in e["failed"].items())
     )
 
 

@@ -93,6 +93,21 @@ def test_an_estimate_counts_what_is_left(tmp_path):
         estimate_text({**e, "free": e["bytes"] - 1})
 
 
+def test_a_method_that_cannot_be_measured_does_not_end_the_grid(tmp_path, monkeypatch):
+    from mla_nb import estimate as module
+
+    def measured(cfg, s, seconds):
+        if cfg.method == "mla":
+            raise RuntimeError("no memory")
+        return {"epoch": 36.0, "net": 4}
+
+    monkeypatch.setattr(module, "measured", measured)
+    runs = [Run(**SMALL, method=m, root=str(tmp_path)) for m in ("concat", "mla")]
+    e = estimate(runs, seconds=1)
+    assert e["hours"] == pytest.approx(0.01) and set(e["failed"]) == {"mla"}
+    assert estimate_text(e).endswith("; without mla (RuntimeError: no memory)")
+
+
 def test_an_encoder_named_per_modality_serves_single_modalities(tmp_path):
     spec = "audio=small,visual=small,text=small"
     one = {"method": "unimodal", "method_args": "modality=text", "encoder": spec}
