@@ -30,7 +30,8 @@ def augment_image(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not a GPU's: nobody restores it
         parts = clip.split(1 if "each" in kinds else len(clip))
-        out = torch.cat([_vary(part, kinds, size, bicubic) for part in parts])
+        varied = [_vary(p, kinds, size, bicubic).movedim(-3, -1) for p in parts]
+    out = torch.cat(varied).movedim(-1, -3)  # colors stay last in memory
     return out if x.dim() == 4 else out[0]
 
 
