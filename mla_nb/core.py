@@ -377,6 +377,7 @@ def infer_modality(
         "or vectors (D,), or say what they are with forms=dict(name=Modality(…))."
     )
 
+
 def _tensor_of(name, sample):
     "An item as a tensor, to see what it is"
     if sample is None:
@@ -388,7 +389,6 @@ def _tensor_of(name, sample):
             f"{name}: items of type {type(sample).__name__} are nothing we know; give "
             "text or arrays of numbers."
         ) from None
-
 
 # %% ../nbs/01_data.ipynb #80dfa112
 def as_items(
@@ -574,4 +574,3 @@ def _shared_out(labels, classes, shares, seed) -> list:
         for part, chosen in zip(parts, np.split(rows, cuts)):
             part += chosen.tolist()
     return [sorted(part) for part in parts]
-

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['exporters', 'NOT_IN_MEMORY', 'WITH_A_FOLDER', 'as_pixels', 'as_wave', 'plain_item', 'read_item', 'as_samples',
            'Explanation', 'rows_of', 'ranked', 'as_dict', 'as_text', 'Classifier', 'load', 'name_of', 'verify_files',
-           'fit', 'show_bars', 'show_weights', 'plot_explanation', 'card', 'save_classifier']
+           'fit', 'as_columns', 'show_bars', 'show_weights', 'plot_explanation', 'card', 'save_classifier']
 
 # %% ../nbs/45_predict.ipynb #4f083398
 import json
@@ -21,12 +21,16 @@ from mla_nb.core import (
     Modality,
     Registry,
     Splits,
+    _whole_text,
+    as_items,
     check_splits,
     collate,
     datasets,
+    splits_from_arrays,
     validate_option,
 )
 from .data.decode import decode_image, load_wave
+from .evaluation import temperatures
 from .heads import Net
 from .methods.base import Method, Pred, predict, scores
 from .methods.fusion import entropy
@@ -34,7 +38,8 @@ from .missing import draw_item, with_missing
 from .runs.config import Run
 from .runs.run import RunFolder, TensorBoard, _about, build, load_run
 from .tools import InputError, read_json, sha256, unknown, write_atomic
-from .train.checkpoints import States, Stopper
+from .train.checkpoints import BestEpoch, States, Stopper
+from .train.watching import StopOnNaN
 
 # %% ../nbs/45_predict.ipynb #bbbefdbb
 def as_pixels(
@@ -116,7 +121,7 @@ def plain_item(
         )
     if mod.form == "text":
         return (
-            source
+            _whole_text(source)
             if isinstance(source, str)
             else _bytes(source, "text").decode("utf-8", "replace")
         )
@@ -125,7 +130,7 @@ def plain_item(
             source
             if isinstance(source, torch.Tensor)
             else decode_image(_bytes(source, "image"), str(source)),
-            mod.info.get("item"),
+            None if "size" in mod.info else mod.info.get("item"),
         )
     raise InputError(
         f"{m}: this dataset does not say how files become {mod.form}; give an array of "
@@ -196,6 +201,8 @@ def _in_memory(m, x, mod, shape):
             )
         return torch.stack([as_pixels(f, m) for f in frames])
     x = _tensor(x, m)
+    if list(shape or ()) == [1] and not x.dim():
+        x = x[None]  # a number
     if mod.form == "vector" and list(x.shape) != list(shape or ()):
         raise InputError(
             f"{m}: a vector of extracted features has shape {tuple(shape or ())}; got "
@@ -264,7 +271,8 @@ def as_samples(
         raise InputError(
             f"nothing to predict from; give at least one of {', '.join(mods)}."
         )
-    lists = [m for m, v in given.items() if isinstance(v, (list, tuple))]
+    given = {m: as_items(m, v) if _is_column(v) else v for m, v in given.items()}
+    lists = [m for m, v in given.items() if isinstance(v, list)]
     if not lists:
         return [given], False
     sizes = {m: len(given[m]) if m in lists else "one" for m in given}
@@ -286,6 +294,15 @@ def as_samples(
             "or leave it out."
         )
     return out, True
+
+
+def _is_column(v) -> bool:
+    "Several items: a list, a column of pandas or Hugging Face, an array of objects"
+    if isinstance(v, str):
+        return False
+    several = isinstance(v, (list, tuple)) or hasattr(v, "iloc")
+    objects = getattr(getattr(v, "dtype", None), "kind", "") in ("O", "U", "T")
+    return several or objects or type(v).__name__ == "Column"
 
 # %% ../nbs/45_predict.ipynb #6a7f66f1
 @dataclass(repr=False)
@@ -507,17 +524,37 @@ class Classifier:
         **sources,  # one source per modality, or lists; None where one is missing
     ) -> Explanation:
         "Predictions with their reasons"
+        sources = {m: self._unbatched(m, v) for m, v in sources.items()}
         samples, many = as_samples(sources, self.modalities)
         validate_option("batch_size", batch_size, int, 1)
-        ids, parts, items = _names(ids, samples), [], []
+        named = [{m: v for m, v in s.items() if self._is_file(m, v)} for s in samples]
+        ids, parts, items = _names(ids, named), [], []
         for i in range(0, len(samples), batch_size):
             rows = slice(i, i + batch_size)
-            read = [self.read(s, k) for s, k in zip(samples[rows], ids[rows])]
+            read = [self._read(s, k, many) for s, k in zip(samples[rows], ids[rows])]
             parts.append(self.predict_items(read))
             if keep:
                 items += read
         pred = Pred.cat(parts)
         return Explanation(self.classes, pred, ids, items, self.modalities, many)
+
+    def _is_file(self, m, v) -> bool:
+        "Can a source be a file? A text in a string is none"
+        return self.modalities[m].form != "text" or not isinstance(v, str)
+
+    def _unbatched(self, m, v):
+        "An array of several items as their list; anything else as it is"
+        shape = self.about.get("items", {}).get(m)
+        several = shape is not None and getattr(v, "ndim", -1) == len(shape) + 1
+        numbers = shape == [1] and getattr(v, "ndim", 0) == 1 and len(v) > 1
+        return list(v) if (several or numbers) and not _is_column(v) else v
+
+    def _read(self, sample, key, many):
+        "A sample's items; one of several is named if it cannot be read"
+        try:
+            return self.read(sample, key)
+        except InputError as e:
+            raise type(e)(f"{key}: {e}" if many else str(e)) from e
 
     def predict(self, **sources):
         "The likeliest class of one sample, a list for several; arguments as `explain`"
@@ -536,12 +573,23 @@ class Classifier:
     ) -> float:
         "Accuracy"
         a = self.explain(**{"keep": False, **sources})
-        truth = [self.classes[k] if not isinstance(k, str) else k for k in y]
+        truth = [self._class_of(i, k) for i, k in enumerate(as_items("labels", y))]
         if len(truth) != len(a):
             raise InputError(
                 f"{len(truth)} labels for {len(a)} samples; give one for each."
             )
         return sum(t == n for t, n in zip(truth, a.names)) / len(a)
+
+    def _class_of(self, i, label) -> str:
+        "The class that a label means: a name, or else a number"
+        label = label.item() if hasattr(label, "item") else label
+        whole = isinstance(label, float) and label.is_integer()
+        label = int(label) if whole else label
+        if str(label) in self.classes and label is not None:
+            return str(label)
+        if isinstance(label, int) and 0 <= label < len(self.classes):
+            return self.classes[label]
+        raise unknown(f"class (label of row {i})", label, self.classes)
 
     def plot(self, **sources):
         "The picture of one sample: inputs, opinions, weights and the outcome"
@@ -615,14 +663,18 @@ def verify_files(
 
 # %% ../nbs/45_predict.ipynb #be97d54a
 def fit(
-    s: Splits,  # e.g. from `splits_from_arrays`
+    x,  # Splits; or modality -> column: a dict, a DataFrame, a Hugging Face dataset
+    y=None,  # N labels, if `x` holds columns
+    forms=None,  # modality -> Modality, where it cannot be inferred from a column
+    shares=(0.8, 0.1, 0.1),  # of training, validation and test, if `x` holds columns
     **fields,  # of `Run`: method, encoder, epochs, lr, …
 ) -> Classifier:  # its `learner` has the history
-    "Train on a dataset in memory, without a folder"
+    "Train on data in memory, without a folder; validation chooses the epoch"
     known = set(Run.model_fields) - NOT_IN_MEMORY
     for k in fields:
         if k not in known:
             raise unknown("parameter of fit", k, known)
+    s = _as_splits(x, y, forms, shares, fields.get("seed", 0))
     families = {
         m: "features" if mod.form == "vector" else "small"
         for m, mod in s.modalities.items()
@@ -632,11 +684,16 @@ def fit(
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     rates = cfg.missing, cfg.missing_test, cfg.seed, cfg.missing_fill
-    s = with_missing(check_splits(s), *rates)
-    learn = build(cfg, s)
-    learn.callbacks = [c for c in learn.callbacks if not isinstance(c, WITH_A_FOLDER)]
+    s = with_missing(check_splits(_all_finite(s)), *rates)
+    learn, best = build(cfg, s), BestEpoch(cfg.best_by)
+    kept = [c for c in learn.callbacks if not isinstance(c, WITH_A_FOLDER)]
+    for c in kept:
+        if isinstance(c, StopOnNaN):
+            c.folder = None  # nothing is written
+    learn.callbacks = sorted([*kept, best], key=lambda c: c.order)
     learn.fit(cfg.epochs)
-    return _classifier(cfg, s, learn)
+    learn.net.load_state_dict(best.weights)
+    return _classifier(cfg, s, learn, best.best[2])
 
 
 NOT_IN_MEMORY = {
@@ -651,17 +708,78 @@ NOT_IN_MEMORY = {
 WITH_A_FOLDER = States, Stopper, TensorBoard
 
 
-def _classifier(cfg, s, learn) -> Classifier:
+def _as_splits(x, y, forms, shares, seed) -> Splits:
+    "The data of `fit`, divided if they are not"
+    if isinstance(x, Splits):
+        if y is not None:
+            raise InputError("fit: Splits hold their labels; leave y out.")
+        return x
+    if y is None:
+        raise InputError("fit: columns need labels; give fit(x, y), or Splits.")
+    return splits_from_arrays(as_columns(x, forms), y, forms, shares, seed)
+
+
+def as_columns(
+    x,  # a dict of columns, a DataFrame or a Hugging Face dataset
+    forms=None,  # modality -> Modality, where it cannot be inferred
+) -> dict:  # modality -> list of items, pictures as (3,H,W) pixels
+    "Columns by name, in the order of their rows"
+    names = getattr(x, "column_names", getattr(x, "columns", x))
+    if not isinstance(x, dict) and names is x:
+        raise InputError(
+            f"{type(x).__name__} has no columns; give a dict, a DataFrame or a "
+            "Hugging Face dataset, with one column per modality."
+        )
+    for m in names:
+        if not (isinstance(m, str) and m.isidentifier()) or m == "fused":
+            raise InputError(
+                f"column {m!r} cannot name a modality; rename it to a word of letters, "
+                "digits and _ other than 'fused'."
+            )
+    forms = forms or {}
+    return {m: _pictures(m, as_items(m, x[m]), forms.get(m)) for m in names}
+
+
+def _pictures(m, items, mod) -> list:
+    "Pictures of any layout as pixels; other items as they are"
+    first = next((v for v in items if v is not None), None)
+    shape, kind = getattr(first, "shape", ()), str(getattr(first, "dtype", ""))
+    pixels = kind.endswith("uint8") and len(shape) in (2, 3)
+    if not (mod.form == "image" if mod else pixels or hasattr(first, "convert")):
+        return items
+    return [
+        None if v is None else as_pixels(v, f"{m}, row {i}")
+        for i, v in enumerate(items)
+    ]
+
+
+def _all_finite(s: Splits) -> Splits:
+    "Refuse samples with NaN or infinity, by their numbers"
+    for name, part in s.parts.items():
+        for i in range(len(part)):
+            for m, v in part[i]["x"].items():
+                if v is None or isinstance(v, str):
+                    continue
+                if not torch.as_tensor(v).isfinite().all():
+                    raise InputError(
+                        f"{m}: sample {i} of the {name} split holds NaN or infinity; "
+                        "fill it in, or put None in its place."
+                    )
+    return s
+
+
+def _classifier(cfg, s, learn, best) -> Classifier:
     "A learner's net with what a run would have written about it"
-    p = learn.predictions(learn.dls.test)
+    valid, p = learn.validate(), learn.predictions(learn.dls.test)
     result = {
-        "best_epoch": cfg.epochs,
+        "best_epoch": best + 1,
         "test": scores(p),
         "n_test": len(p.y),
         "weights": getattr(learn.method.rule, "weights", None),
-        "temperatures": {},
+        "temperatures": temperatures(valid),
     }
     about = json.loads(json.dumps(_about(cfg, s, learn.net)))
+    about["dataset"].setdefault("source", {"name": f"{s.name}, in memory"})
     device = str(next(learn.net.parameters()).device)
     return Classifier(learn.net, learn.method, about, result, device, learn)
 
@@ -763,7 +881,7 @@ def card(
     split = f", split {p.result['split']}" if p.result.get("split") else ""
     return "\n".join(
         [
-            f"# {r['method']} on {r['dataset']}",
+            f"# {r['method']} on {name}",
             "",
             f"Classes: {named}",
             "",
