@@ -545,6 +545,8 @@ class Classifier:
     def _unbatched(self, m, v):
         "An array of several items as their list; anything else as it is"
         shape = self.about.get("items", {}).get(m)
+        if m in self.modalities and self.modalities[m].form == "wave":
+            return v  # (2,T) may be stereo
         several = shape is not None and getattr(v, "ndim", -1) == len(shape) + 1
         numbers = shape == [1] and getattr(v, "ndim", 0) == 1 and len(v) > 1
         return list(v) if (several or numbers) and not _is_column(v) else v
