@@ -69,8 +69,9 @@ class Samples(Dataset):
 
     def select_rows(self, rows) -> "Samples":
         "The samples with these numbers"
+        rows = [int(i) for i in rows]
         x = {m: [items[i] for i in rows] for m, items in self.x.items()}
-        return Samples(x, self.y[list(rows)])
+        return Samples(x, self.y[rows])
 
     def column(self, m: str) -> list:
         "What the samples hold of modality `m`, without the gaps"
