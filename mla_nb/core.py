@@ -368,8 +368,13 @@ def infer_modality(
     x = _tensor_of(name, sample)
     shape, dtype = list(x.shape), str(x.dtype).removeprefix("torch.")
     if x.dtype == torch.uint8 and x.dim() in (3, 4) and shape[-3] == 3:
-        kind, form = ("image", "image") if x.dim() == 3 else ("video", "frames")
-        return Modality(kind, form)
+        if x.dim() == 4:
+            return Modality("video", "frames")
+        sizes = {tuple(v.shape[-2:]) for v in items if hasattr(v, "shape")}
+        if len(sizes) < 2:
+            return Modality("image", "image")
+        # pictures of several sizes become squares as high as the smallest
+        return Modality("image", "image", {"size": min(224, *map(min, sizes))})
     if x.numel() and (x.dim() == 1 or x.is_floating_point() and x.dim() == 2):
         return Modality("audio", ("vector", "features")[x.dim() - 1], {"shape": shape})
     raise InputError(
@@ -426,7 +431,9 @@ def as_labels(
     names = [str(c) for c in y.columns] if hasattr(y, "columns") else None
     labels = [v.tolist() if hasattr(v, "tolist") else v for v in as_items("labels", y)]
     labels = [_label(i, _one_hot(i, v, names)) for i, v in enumerate(labels)]
-    kinds = {type(v): i for i, v in reversed(list(enumerate(labels)))}
+    kinds = {}
+    for i, v in enumerate(labels):
+        kinds.setdefault(type(v), i)
     if len(kinds) > 1:
         (a, i), (b, k) = list(kinds.items())[:2]
         raise InputError(
