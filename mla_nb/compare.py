@@ -1071,13 +1071,12 @@ def _under_rule(method, name, temperature):
 
 def _answered(net, method, seen, asked, split) -> dict:
     "What `appraise` says about one rule, with its loss, calibration and weights"
-    with torch.inference_mode():
+    valid = predict(net, method, seen, lambda b: b.x).cpu()
+    if hasattr(method.rule, "fit"):
+        method = replace(method, rule=method.rule.fit(valid))
         valid = predict(net, method, seen, lambda b: b.x).cpu()
-        if hasattr(method.rule, "fit"):
-            method = replace(method, rule=method.rule.fit(valid))
-            valid = predict(net, method, seen, lambda b: b.x).cpu()
-        p = predict(net, method, asked, lambda b: b.x).cpu()
-        right = right_by_subset(net, method, [seen], lambda b: b.x)
+    p = predict(net, method, asked, lambda b: b.x).cpu()
+    right = right_by_subset(net, method, [seen], lambda b: b.x)
     accuracy = scores(valid)["accuracy"]
     found = appraise(p, accuracy, right) | {"n_test": len(p.y), "part": split}
     weights = getattr(method.rule, "weights", None)
