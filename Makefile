@@ -142,7 +142,7 @@ format: $(READY) ## lay everything out again: ruff format, sorted imports
 	$(BIN)/ruff format nbs tests tools benchmarks results data_scripts docs setup.py
 
 test: $(READY) lint ## lint, every test, every chapter, README in step
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	OMP_NUM_THREADS=1 $(BIN)/python tools/nbs.py test -j$(WORKERS)
 	$(BIN)/python tools/nbs.py readme --check
 
