@@ -25,7 +25,7 @@ from mla_nb.evaluation import (
 from mla_nb.heads import Net
 from mla_nb.methods.base import Pred, concat, predict, scores
 from mla_nb.methods.mla import mla
-from mla_nb.predict import load
+from mla_nb.predict import load, read_item
 from mla_nb.predict_table import predict_table
 from mla_nb.reliability import doctor
 from mla_nb.runs.config import Run
@@ -379,3 +379,22 @@ def test_the_command_says_so_and_fails_where_no_row_is_answered(study, capsys):
     with pytest.raises(SystemExit, match="no row was answered") as e:
         main(["predict", folder, "--csv", *gone, *data])
     assert e.value.code != 0 and "2 rows have a reason" in capsys.readouterr().out
+
+
+def test_a_run_on_features_says_what_made_them():
+    about = {
+        "modalities": {"audio": {"kind": "audio", "form": "vector", "info": {}}},
+        "items": {"audio": [4]},
+        "run": {"dataset": "cremad"},
+        "dataset": {
+            "encoder": "hf:some/encoder",
+            "weights": {"audio": {"source": "hub"}},
+            "source": {"features_of": "cremad"},
+        },
+    }
+    said = r"shape \(4,\), made by hf:some/encoder \(weights: hub\) as for cremad, or"
+    with pytest.raises(InputError, match=said):
+        read_item("audio", "a.wav", about)
+    about["dataset"] = {"encoder": "", "run": "mla-7"}
+    with pytest.raises(InputError, match="made by the run mla-7, or train on"):
+        read_item("audio", "a.wav", about)
