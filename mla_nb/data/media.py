@@ -39,6 +39,7 @@ from mla_nb.data.prepared import (
     load_prepared,
     pack,
     prepare,
+    thin_classes,
     unpack,
 )
 from ..signals import excerpt, fbank, log_mel, log_spectrogram, tile
@@ -758,6 +759,8 @@ def summary(folder) -> str:
         )
     if name := (meta["source"] or {}).get("split_name"):
         lines.append(f"split: {name}")
+    by = {s: {c: n[c] for c in meta["classes"]} for s, n in meta["counts"].items()}
+    lines += [f"note: {text}" for text in thin_classes(by)]
     if meta["skipped"]:
         why = Counter(
             re.sub(r"^.*?: |[\d.]+", "", r["reason"]).strip()
