@@ -237,7 +237,7 @@ def _unit(peak, name) -> float:
     tops = [t for t in (2.0**15, 2.0**23, 2.0**31) if peak <= t]
     if not tops:
         raise InputError(
-            f"{name}: its samples reach {peak:g}; scale them to -1 … 1, or leave it out."
+            f"{name}: its samples reach {peak:g}; scale them to -1 … 1 or leave it out."
         )
     return tops[0]
 
