@@ -56,7 +56,8 @@ def _lost(data, size) -> int:
             # writers that stream cannot know the size and promise 2 or 4 GiB
             return 0 if n >= 0x7FFF0000 else at + 8 + n - size
         at += 8 + n + n % 2
-    return 0
+    # a file that ends in its header has no such chunk
+    return at - size if at > 12 and len(data) == size else 0
 
 
 def encode_image(
@@ -207,13 +208,14 @@ def _by_libsndfile(found, start, end, name):
     import soundfile as sf
 
     rate, unit = found.samplerate, 1.0
-    blocks = {"blocksize": 1 << 16, "dtype": "float32", "always_2d": True}
     try:
         if found.subtype in ("FLOAT", "DOUBLE"):
-            unit = _unit(max(np.abs(x).max() for x in found.blocks(**blocks)), name)
-        at = 0 if found.format == "MP3" else min(start * rate, found.frames)
-        found.seek(at)
-        for x in found.blocks(**blocks):
+            unit = _unit(max(np.abs(x).max() for x in _blocks(found)), name)
+            found.seek(0)
+        at = 0
+        if start and found.seekable() and found.format != "MP3":
+            at = found.seek(min(start * rate, found.frames))
+        for x in _blocks(found):
             yield at / rate, rate, x.mean(1) / np.float32(unit)
             at += len(x)
             if end is not None and at >= end * rate:
@@ -228,6 +230,11 @@ def _by_libsndfile(found, start, end, name):
             f"{name}: the recording is cut short ({at / rate:.2f} of "
             f"{found.frames / rate:.2f} s); fetch it again."
         )
+
+
+def _blocks(found):
+    while len(x := found.read(1 << 16, dtype="float32", always_2d=True)):
+        yield x
 
 
 def _unit(peak, name) -> float:

@@ -206,7 +206,9 @@ def _opened(path, kind):
 
 def _shows(stream) -> bool:
     "Whether a stream is more than the picture on a record's cover"
-    return "attached_pic" not in str(stream.disposition)
+    from av.stream import Disposition
+
+    return not stream.disposition & Disposition.attached_pic
 
 
 def _head(path, what):
@@ -235,11 +237,24 @@ class _Clip:
         self.last, self.ends, self.error = None, {}, None
 
     def frames(self, start):
-        "(seconds since the beginning, frame), from a second before `start` on"
-        import av
-
+        "(seconds since the beginning, frame), from the last one before `start` on"
         if start > 1:
             self.c.seek(int((self.clock + start - 1) * 1e6))
+        found = self.decoded()
+        first = next(found, None)
+        if start > 1 and (first is None or first[0] > start):
+            # some containers cannot find the last whole picture
+            self.last, self.ends, self.error = None, {}, None
+            self.c.seek(int(self.clock * 1e6))
+            found, first = self.decoded(), None
+        if first:
+            yield first
+        yield from found
+
+    def decoded(self):
+        "(seconds since the beginning, frame) from where the container stands"
+        import av
+
         back = 0.0
         for p in self.c.demux():
             if p.pts is not None:
@@ -264,6 +279,7 @@ class _Clip:
     def check(self, start, end, some):
         "Refuse a clip of which packets are missing or damaged"
         last, length = self.last, (self.c.duration or 0) / 1e6
+        length -= self.clock if length > self.clock else 0  # mkv counts from 0
         if self.error and (last is None or last < end):
             raise InputError(
                 f"{self.path}: the video is damaged after {last or 0:.2f} s "
