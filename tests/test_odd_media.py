@@ -137,6 +137,14 @@ def test_every_kind_of_recording_is_as_loud_as_libsndfile_says(form, subtype):
     assert len(part) == (len(want) + 1) // 2
 
 
+def test_a_flac_that_does_not_say_how_long_it_is(tmp_path):
+    data = bytearray(_coded("FLAC", "PCM_16"))
+    data[21] &= 0xF0  # 36 bits for the number of samples
+    data[22:26] = bytes(4)
+    (tmp_path / "a.flac").write_bytes(data)
+    assert sound_of(tmp_path / "a.flac").numpy() == pytest.approx(TONE, abs=1e-4)
+
+
 @pytest.mark.parametrize("top", [2.0**15, 2.0**23, 2.0**31])
 def test_floating_point_in_integer_units(tmp_path, top):
     sf.write(tmp_path / "a.wav", TONE * top, 16000, subtype="FLOAT")

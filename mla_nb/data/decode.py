@@ -99,6 +99,8 @@ def picture_of(
 
     try:
         with Image.open(file) as image:
+            if image.format == "EPS":  # Pillow would run Ghostscript
+                raise ValueError("EPS is a program; save it as PNG")
             if size:
                 image.draft("RGB", (size, size))  # JPEG shrinks by 2, 4 or 8
             image.load()
@@ -172,16 +174,17 @@ def _read_wave(f, size, rate, span, name):
     f.seek(0)
     # a second before the span, so that the resampler has warmed up
     start, end = (max(0, int(span[0]) - 1), span[1] + 1) if span else (0, None)
-    pieces, begun, out = _pieces(f, start, end, name), None, []
+    pieces, begun, out = _pieces(f, start, end, name), None, bytearray()
     for found, some in groupby(pieces, itemgetter(1)):
         rate = rate or found
         first = next(some)
         begun = first[0] if begun is None else begun
         mono = (x for _, _, x in chain([first], some))
-        out += mono if found == rate else resampled(mono, found, rate)
+        for x in mono if found == rate else resampled(mono, found, rate):
+            out += x.astype("f4").tobytes()  # grows in place, for long recordings
     if not (out or span):
         raise InputError(f"{name}: the recording has no samples; fetch it again.")
-    wave = torch.from_numpy(np.concatenate(out)) if out else torch.zeros(0)
+    wave = torch.frombuffer(out, dtype=torch.float32) if out else torch.zeros(0)
     if span:
         at = round((begun or 0) * rate) if out else 0
         wave = wave[max(0, int(span[0] * rate) - at) : int(span[1] * rate) - at]
@@ -194,7 +197,7 @@ def _pieces(f, start, end, name):
 
     try:
         found = sf.SoundFile(f)
-        if found.frames:
+        if 0 < found.frames < 1 << 60:  # it cannot read a flac of unknown length
             yield from _by_libsndfile(found, start, end, name)
             return
         said = "it has no samples"
@@ -225,7 +228,7 @@ def _by_libsndfile(found, start, end, name):
             f"{name}: the recording is damaged ({e.error_string.rstrip('.').lower()}); "
             "fetch it again."
         ) from e
-    if found.format != "MP3" and at < found.frames < 1 << 60:
+    if found.format != "MP3" and at < found.frames:
         raise InputError(
             f"{name}: the recording is cut short ({at / rate:.2f} of "
             f"{found.frames / rate:.2f} s); fetch it again."
