@@ -540,7 +540,7 @@ def seed_list(
 
 # %% ../nbs/44_compare.ipynb #9f30a367
 def plan(
-    datasets,  # 'digits,synthetic(preset=lazy)' or a list
+    datasets,  # 'digits,synthetic(family=lazy)' or a list
     methods,  # 'mla,unimodal' or a list
     seeds="0:5",  # '0:5', '0,3' or a list
     **common,  # further fields of `Run`, the same for all

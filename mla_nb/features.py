@@ -300,7 +300,7 @@ def extract(
 # %% ../nbs/25_features.ipynb #a742ae30
 def _parser(doc):
     p = argparse.ArgumentParser(
-        "extract_features",
+        "mla features",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

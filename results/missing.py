@@ -1,6 +1,6 @@
 """The runs behind chapter 21: python results/missing.py [jobs]
 
-Two questions on synthetic(preset=lazy): what do trained nets lose when test samples
+Two questions on synthetic(family=lazy): what do trained nets lose when test samples
 lose modalities (the same nets, nothing is trained again), and what if training samples
 lose them too (trained again at every rate; at one rate with other learning rates as
 well, since the tuned ones were chosen on whole samples). Makes every run that is not
@@ -23,7 +23,7 @@ from mla_nb.missing import with_missing
 from mla_nb.runs.run import load_run, make_dataset
 
 ROOT = "runs/missing"
-DATA = "synthetic(preset=lazy,n_train=800)"
+DATA = "synthetic(family=lazy,n_train=800)"
 METHODS = [
     "concat",
     "sum",
@@ -75,7 +75,7 @@ def row(cfg, setting, rate, accuracy):
         k: getattr(cfg, k) for k in ("missing", "missing_test") if getattr(cfg, k)
     } | ({"missing_fill": cfg.missing_fill} if cfg.missing_fill != "skip" else {})
     command = (
-        "mla train --dataset synthetic --dataset_args 'preset=lazy,n_train=800' "
+        "mla train --dataset synthetic --dataset_args 'family=lazy,n_train=800' "
         f"--method {cfg.method} --lr {cfg.lr} --epochs {EPOCHS} --seed {cfg.seed}"
     )
     hidden = s.info.get("missing", {}).get("test", {"": 0.0})

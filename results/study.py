@@ -23,8 +23,8 @@ from mla_nb.train.checkpoints import load_pred
 
 HERE, ROOT = Path(__file__).parent, "runs/study"
 DATA = {
-    "lazy": "synthetic(preset=lazy)",
-    "balanced": "synthetic(preset=balanced)",
+    "lazy": "synthetic(family=lazy)",
+    "balanced": "synthetic(family=balanced)",
     "digits, new voices": "digits(split=speaker,image_noise=.5)",
     "digits, known voices": "digits(split=official,image_noise=.5)",
 }

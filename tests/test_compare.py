@@ -148,7 +148,7 @@ def test_runs_of_other_epochs_are_another_group(root):
         {"precision": "bf16"},
         {"missing": "0.3"},
         {"weight_decay": 0.1},
-        {"dataset_args": "preset=balanced"},
+        {"dataset_args": "family=balanced"},
     ],
     ids=str,
 )
@@ -157,7 +157,7 @@ def test_any_other_setting_is_another_group(root, other):
     groups = compared(root)
     assert sorted(sum(map(len, g.values())) for g in groups.values()) == [1, 4]
     [name] = other
-    told = "preset=balanced" if name == "dataset_args" else f"{name}={other[name]}"
+    told = "family=balanced" if name == "dataset_args" else f"{name}={other[name]}"
     [heading] = [h for h in groups if told in h]
     assert len(groups[heading]["mla"]) == 1
     assert not [h for h in groups if "weight_decay" in h and name != "weight_decay"]

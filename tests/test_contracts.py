@@ -17,7 +17,7 @@ from mla_nb.core import (
     methods,
     rules,
 )
-from mla_nb.data.synthetic import PRESETS, faces, sentences, synthetic, voices
+from mla_nb.data.synthetic import FAMILIES, faces, sentences, synthetic, voices
 from mla_nb.encoders.base import Encoder, Preprocessor, check_encoder
 from mla_nb.heads import ConcatHead, Head, check_head
 from mla_nb.methods.base import GradTransform, Method
@@ -186,9 +186,9 @@ def test_every_encoder_has_a_kind():
     assert {n for n, *_ in ENCODERS} | HUB == set(encoders)
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_synthetic(preset):
-    check_dataset(synthetic(preset, n_train=60, n_valid=20, n_test=20))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_synthetic(family):
+    check_dataset(synthetic(family, n_train=60, n_valid=20, n_test=20))
 
 
 def test_datasets_are_known_to_these_tests():

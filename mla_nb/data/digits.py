@@ -494,7 +494,7 @@ def _parser(doc):
     import argparse
 
     p = argparse.ArgumentParser(
-        "prepare_digits",
+        "mla prepare digits",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -911,7 +911,7 @@ def media_parser(
     import argparse
 
     p = argparse.ArgumentParser(
-        f"prepare_{name}",
+        f"mla prepare {name}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -347,7 +347,7 @@ def own_main(
     import argparse
 
     p = argparse.ArgumentParser(
-        "prepare_own",
+        "mla prepare own",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

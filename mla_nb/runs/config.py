@@ -244,7 +244,7 @@ class DataConfig(Config):
         "the settings of MLA's released code for this dataset",
     )
     dataset_args: Options = option(
-        {}, "options of the dataset, e.g. 'preset=balanced,n_train=600'"
+        {}, "options of the dataset, e.g. 'family=balanced,n_train=600'"
     )
     missing: Rate = option(
         "",
