@@ -19,7 +19,7 @@ from conftest import SHARED
 from PIL import Image, ImageOps
 
 from mla_nb.core import InputError
-from mla_nb.data.decode import decode_image, decode_wave, file_problem
+from mla_nb.data.decode import decode_image, decode_wave, file_problem, resample
 from mla_nb.data.food101 import read_titles
 from mla_nb.data.media import (
     media_options,
@@ -32,7 +32,6 @@ from mla_nb.data.media import (
     write_video,
 )
 from mla_nb.data.own import kinetics_rows
-from mla_nb.signals import resample
 
 torch.set_num_threads(1)
 TONE = (0.3 * np.sin(np.arange(32000) * 0.2)).astype("f4")
