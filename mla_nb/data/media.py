@@ -130,33 +130,26 @@ def video_frames(
                 continue
             # after a gap, the next one is due an interval from now
             due = due + every if now < due + every else now + every
-            kept.append(_shrink(_upright(frame, clip.stretch), crop, size, keep))
+            kept.append(_shrink(clip.upright(frame), crop, size, keep))
             if len(kept) > 4 * limit:
                 kept, due, every = kept[::2], due + every, 2 * every
         clip.check(start, end, bool(kept))
         if not kept:  # a span between two frames
-            kept = [_shrink(_upright(near, clip.stretch), crop, size, keep)]
+            kept = [_shrink(clip.upright(near), crop, size, keep)]
     if len(kept) > limit:
         kept = [kept[i] for i in evenly(len(kept), limit)]
     return _alike(kept)
 
 
-def _upright(frame, stretch):
-    "A decoded frame as players show it: pixels made square, turned as the file says"
-    from PIL import Image
+def _turned(image, a, b, c, d):
+    "A picture turned and mirrored as (a b; c d) of a display matrix says"
+    from PIL.Image import Transpose as Turn
 
-    image, turn = frame.to_image(), Image.Transpose
-    if abs(stretch - 1) > 0.01:
-        image = image.resize((round(image.width * stretch), image.height), 2)
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return image
-    (a, b, _), (c, d, _), _ = np.frombuffer(matrix, "i4").reshape(3, 3)
     if abs(b) > abs(a):  # x and y change places
-        image, a, d = image.transpose(turn.TRANSPOSE), c, b
+        image, a, d = image.transpose(Turn.TRANSPOSE), c, b
     if a < 0:
-        image = image.transpose(turn.FLIP_LEFT_RIGHT)
-    return image.transpose(turn.FLIP_TOP_BOTTOM) if d < 0 else image
+        image = image.transpose(Turn.FLIP_LEFT_RIGHT)
+    return image.transpose(Turn.FLIP_TOP_BOTTOM) if d < 0 else image
 
 
 def _shrink(im, crop, size, keep=False):
@@ -236,6 +229,7 @@ class _Clip:
         self.step = 1 / float(self.stream.average_rate or 25)
         self.stretch = float(self.stream.sample_aspect_ratio or 1)
         self.last, self.ends, self.error = None, {}, None
+        self.matrices = {}  # rotation -> display matrix
 
     def frames(self, start):
         "(seconds since the beginning, frame), from the last one before `start` on"
@@ -276,6 +270,19 @@ class _Clip:
                     now = after
                 self.last = now
                 yield now, f
+
+    def upright(self, frame):
+        "A frame as players show it: pixels made square, turned as the file says"
+        if frame.rotation not in self.matrices:
+            # only once: a frame whose side data was read is freed late
+            found = frame.side_data.get("DISPLAYMATRIX")
+            unit = [1, 0, 0, 0, 1, 0, 0, 0, 1]
+            matrix = unit if found is None else np.frombuffer(found, "i4").tolist()
+            self.matrices[frame.rotation] = [matrix[k] for k in (0, 1, 3, 4)]
+        image = frame.to_image()
+        if abs(self.stretch - 1) > 0.01:
+            image = image.resize((round(image.width * self.stretch), image.height), 2)
+        return _turned(image, *self.matrices[frame.rotation])
 
     def check(self, start, end, some):
         "Refuse a clip of which packets are missing or damaged"
