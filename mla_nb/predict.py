@@ -236,7 +236,8 @@ def read_item(
     if mod.form == "vector" and isinstance(what, (str, Path)):
         raise InputError(
             f"{m}: this run reads extracted features; give a vector of shape "
-            f"{tuple(shape or ())}, made by the encoder it was trained on."
+            f"{tuple(shape or ())}, made by {_extractor(m, about)}, or train on the "
+            "dataset itself: such a run answers files."
         )
     if not isinstance(what, (str, Path)):
         what = _in_memory(m, what, mod, shape)
@@ -257,6 +258,18 @@ def read_item(
         if isinstance(item, str)
         else _finite(item, what if isinstance(what, (str, Path)) else m)
     )
+
+
+def _extractor(m, about) -> str:
+    "What made the features that a run reads, as far as its dataset says so"
+    o = about.get("dataset", {})
+    source = o.get("weights", {}).get(m, {}).get("source")
+    named = f"the run {o['run']}" if o.get("run") else o.get("encoder")
+    if not named:
+        return "the encoder it was trained on"
+    weights = f" (weights: {source})" if source else ""
+    folder = (o.get("source") or {}).get("features_of")
+    return f"{named}{weights}" + (f" as for {folder}" if folder else "")
 
 # %% ../nbs/45_predict.ipynb #62ab4bc4
 def as_samples(
