@@ -427,7 +427,8 @@ def test_class_weights_are_the_same_on_two_processes(two, name):
     plain = alone(name, "one_sided")
     assert any(not v.equal(one[k]) for k, v in plain.items() if k.startswith("net."))
     for rank in (0, 1):
-        equal(two(rank, f"{name}|weighted"), one, SENSITIVE.get(name, 1e-6))
+        eps = SENSITIVE.get(name, SENSITIVE.get(f"{name} often", 1e-6))
+        equal(two(rank, f"{name}|weighted"), one, eps)
 
 
 def test_every_registered_method_is_tried_with_gaps_on_one_side():
