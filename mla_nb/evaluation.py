@@ -19,7 +19,7 @@ from torch import tensor
 
 from .core import InputError, rules
 from .heads import Net
-from .methods.base import Method, Pred, predict, predictions
+from .methods.base import Method, Pred, predict
 from .methods.fusion import entropy, make_rule
 from .train.learner import Loaders
 

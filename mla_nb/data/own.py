@@ -443,6 +443,14 @@ def kinetics_rows(
             f"{top}: no class folders with videos ({', '.join(MEDIA[:6])}) in it; "
             "give the folder that holds videos/<class>/<clip>.mp4 as --root."
         )
+    other = Counter(
+        p.suffix.lower() or p.name
+        for p in top.glob("*/*")
+        if p.is_file() and p not in set(found) and not p.name.startswith(".")
+    )
+    if other:
+        said = ", ".join(f"{n} × {suffix}" for suffix, n in other.most_common(5))
+        print(f"not read, because their names do not end like a video's: {said}")
     return check_rows(
         [
             {"id": p.stem, "y": p.parent.name, "audio": str(p), "video": str(p)}

@@ -95,7 +95,7 @@ PICKS = {"middles": evenly, "starts": starts}
 def write_shard(
     path,  # of the Arrow file to make
     sources: list,  # what `read` understands, one per row
-    read: Callable,  # source -> dict of id, y and the raw modalities
+    read: Callable,  # source -> dict of id, y and the raw modalities; perhaps notes
     modalities: dict,
     classes: list,
     skip: bool = False,  # leave out what cannot be read, and write down why
@@ -111,10 +111,10 @@ def write_shard(
             if not skip:
                 raise
             bad.append({"id": s["id"], "reason": str(e)})
-    if bad:
-        write_atomic(
-            Path(path).with_suffix(".skipped"), json.dumps(bad)
-        )  # first: a shard that is there has its list
+    noted = [{"id": r["id"], "note": n} for r in rows for n in r.get("notes", ())]
+    for suffix, found in ((".skipped", bad), (".noted", noted)):
+        if found:  # first: a shard that is there has its lists
+            write_atomic(Path(path).with_suffix(suffix), json.dumps(found))
     rows = [
         dict(
             id=r["id"],
@@ -319,8 +319,8 @@ def _partial_of(out):
 
 
 OURS = re.compile(
-    r"(train|valid|test)-\d+\.(arrow|skipped)"
-    r"|(dataset|plan)\.json|(skipped|incomplete)\.csv"
+    r"(train|valid|test)-\d+\.(arrow|skipped|noted)"
+    r"|(dataset|plan)\.json|(skipped|incomplete|notes)\.csv"
 )
 
 
@@ -424,26 +424,33 @@ def _fill(todo, total, read, modalities, classes, workers, label, skip):
             pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/23_prepared.ipynb #3631e2c4
-def _skipped(part, plan, todo):
-    "skipped.csv from the lists beside the shards, and how many there are per split"
+def _listed(part, todo, suffix, name):
+    "The lists beside the shards, as rows and as a CSV"
     rows = [
         dict(split=split, **r)
         for split, path, _ in todo
-        if (f := path.with_suffix(".skipped")).exists()
+        if (f := path.with_suffix(suffix)).exists()
         for r in json.loads(f.read_text())
     ]
+    if rows:
+        text = io.StringIO()
+        out = csv.DictWriter(text, list(rows[0]))
+        out.writeheader()
+        out.writerows(rows)
+        write_atomic(part / name, text.getvalue())
+    return rows
+
+
+def _skipped(part, plan, todo):
+    "skipped.csv and notes.csv, and how many samples were left out per split"
+    rows = _listed(part, todo, ".skipped", "skipped.csv")
+    _listed(part, todo, ".noted", "notes.csv")
     total = sum(len(s) for _, _, s in todo)
     if 2 * len(rows) > total:
         raise InputError(
             f"{plan['name']}: {len(rows)} of {total} samples cannot be read, so this "
             f"is hardly the right folder; the first: {rows[0]['reason']}"
         )
-    if rows:
-        text = io.StringIO()
-        out = csv.DictWriter(text, ["split", "id", "reason"])
-        out.writeheader()
-        out.writerows(rows)
-        write_atomic(part / "skipped.csv", text.getvalue())
     return dict(Counter(r["split"] for r in rows))
 
 
@@ -488,7 +495,7 @@ def _finish(part, out, plan, todo):
     if out.exists():
         shutil.rmtree(out)
     part.rename(out)
-    for f in (out / "plan.json", *out.glob("*.skipped")):
+    for f in (out / "plan.json", *out.glob("*.skipped"), *out.glob("*.noted")):
         f.unlink()  # last: until here a kill is repaired by doing it again
 
 # %% ../../nbs/23_prepared.ipynb #9ba6f3f8

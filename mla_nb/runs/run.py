@@ -76,7 +76,7 @@ from mla_nb.train.checkpoints import (
     undisturbed,
 )
 from ..train.learner import Learner, Recorder, Schedule
-from ..train.loaders import loaders
+from ..train.loaders import class_weights, loaders
 from ..train.runtime import Runtime
 from ..train.watching import Progress, StopOnNaN
 
@@ -411,9 +411,11 @@ def build(
         # nothing is kept for a backward pass: more rows fit
         at_once=min(256, 4 * cfg.batch_size),
         augment=cfg.augment,
+        sampling=cfg.sampling,
     )
     how = make_opt(cfg), _callbacks(cfg), cfg.seed, make_runtime(cfg)
-    return Learner(net, dls, method, *how)
+    weights = class_weights(s.train.y, len(s.classes)) if cfg.class_weights else None
+    return Learner(net, dls, method, *how, weights)
 
 
 def settled(cfg: Run) -> Run:
@@ -455,7 +457,7 @@ def _try_rule(rule, n, classes):
 
 def _callbacks(cfg):
     "What watches and stores a run, in no particular order: each has its `order`"
-    saver = Saver(cfg.folder, cfg.keep, cfg.save_every)
+    saver = Saver(cfg.folder, cfg.keep, cfg.save_every, cfg.best_by)
     out = [saver, Stopper(saver)]
     out += [Schedule(cfg.schedule), StopOnNaN(folder=cfg.folder), Recorder()]
     if is_main():
