@@ -31,6 +31,7 @@ from mla_nb.runs.config import (
     OptimConfig,
     Run,
     RuntimeConfig,
+    changed_fields,
     parse_args,
     preset_text,
     split_list,
@@ -288,11 +289,14 @@ ONE = ("dataset_args", "method_args", "name")  # cannot hold for several runs
 def _numbers(name, kind, text, example) -> list:
     "Numbers separated by commas"
     try:
-        return [kind(v) for v in str(text).split(",") if v]
+        found = [kind(v) for v in str(text).split(",") if v]
     except ValueError:
+        found = [-1]
+    if min(found, default=0) < 0:
         raise InputError(
-            f"{name}={text!r}: must be numbers, e.g. --{name} {example}."
-        ) from None
+            f"{name}={text!r}: must be numbers from 0 on, e.g. --{name} {example}."
+        )
+    return found
 
 
 def _common(fields) -> dict:
@@ -363,7 +367,7 @@ def grid(
     method = ",".join(INDEX["methods"]) if method == "all" else method
     lr = lr or ("auto" if whole else "")
     auto, seconds = lr == "auto", sum(_numbers("measure", float, measure, "60"))
-    lrs = [] if auto else _numbers("lr", float, lr, ".03,.1,.3")
+    lrs = [] if auto else _numbers("lr", float, lr, ".03,.1,.3, or --lr auto")
     jobs = sum(_numbers("jobs", int, jobs, "2"))
     for name, _ in map(with_options, split_list(method)):
         check_names({"method": name})
@@ -378,9 +382,17 @@ def grid(
         print(line)
     tuned = {
         "lrs": compare.rates_around(runs[0].lr) if auto else lrs,
-        "seeds": compare.seed_list(tune_seed or ("100:103" if auto else "100")),
+        "seeds": compare.seed_list(
+            tune_seed or ("100:103" if auto else "100"), "tune_seed"
+        ),
         "widen": 3 if auto else 0,
     }
+    several = auto or len(lrs) > 1
+    if both := {r.seed for r in runs} & {*tuned["seeds"]} if several else ():
+        raise InputError(
+            f"seed {min(both)} stands in --seed and in --tune_seed; rates are chosen "
+            "with seeds that the comparison does not use, e.g. --tune_seed 100:103."
+        )
     seconds = seconds or (60.0 if auto and not measure else 0.0)
     _report(*_tuned_grid(runs, tuned, jobs, scheduler, seconds))
 
@@ -408,7 +420,7 @@ def _tuned_grid(runs, tuned, jobs, scheduler, seconds) -> tuple:
 
 
 def _describe_grid(runs, tuned):
-    "Write down what is run, and what of the whole protocol is not"
+    "Add to grid.json what is run, and what of the whole protocol is not"
     methods = list(dict.fromkeys(r.method for r in runs))
     about = {
         "preset": runs[0].preset,
@@ -417,10 +429,19 @@ def _describe_grid(runs, tuned):
         "seeds": sorted({r.seed for r in runs}),
         "rates": tuned["lrs"],
         "tune_seeds": tuned["seeds"],
+        "changed": _changed(runs),
     }
-    folder = Path(runs[0].root)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "grid.json", json.dumps(about, indent=1))
+    path = Path(runs[0].root) / "grid.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    calls = read_json(path, ["calls"])["calls"] if path.exists() else []
+    calls = [*(c for c in calls if c != about), about]
+    write_atomic(path, json.dumps({"calls": calls}, indent=1))
+
+
+def _changed(runs) -> list:
+    "Settings of runs that are not their presets'; rate and precision aside"
+    found = {k: v for r in runs for k, v in changed_fields(r).items()}
+    return [f"{k}={v}" for k, v in found.items() if k not in ("lr", "precision")]
 
 
 def _report(good, bad):

@@ -608,21 +608,25 @@ def browse_runs(
 # %% ../nbs/44_compare.ipynb #3ddf47a8
 def seed_list(
     v,  # '0:5', '0,3' or a list
+    name: str = "seed",  # what to call it in an error
 ) -> list:
     "Seeds, as a range or one by one"
     if not isinstance(v, str):
         return list(v)
     try:
-        return [
+        found = [
             s
             for part in v.split(",")
             for s in (range(*map(int, part.split(":"))) if ":" in part else [int(part)])
         ]
     except (ValueError, TypeError):
+        found = []
+    if not found:
         raise InputError(
-            f"seed={v!r}: must be numbers such as 0,1,2 or a range such as 0:5 (five "
+            f"{name}={v!r}: must be numbers such as 0,1,2 or a range such as 0:5 (five "
             "seeds)."
-        ) from None
+        )
+    return found
 
 # %% ../nbs/44_compare.ipynb #9f30a367
 def plan(
@@ -1597,7 +1601,12 @@ def shared_settings(
     }
     settings = ", ".join(f"{k} {shorten(str(what[k]), 60)}" for k in names)
     split = f"split {first.get('split') or 'the only one'}"
-    return f"All runs: {split}, {settings}. Made with {', '.join(sorted(made))}."
+    text = f"All runs: {split}, {settings}. Made with {', '.join(sorted(made))}."
+    if "miniature" in str(what["dataset_args"]):
+        text = (
+            f"**A synthetic miniature: its numbers show that the path works.** {text}"
+        )
+    return text
 
 
 def rates_chosen(
@@ -1643,28 +1652,47 @@ def protocol_text(
     out = []
     for path in sorted(Path(root).rglob("grid.json")):
         try:
-            g = read_json(path, ["preset", "methods", "left_out", "seeds", "rates"])
-        except InputError as e:
-            out.append(str(e))
-            continue
-        seeds, rates = _counted(len(g["seeds"]), "seed"), len(g["rates"])
-        text = (
-            f"Preset `{g['preset']}`, {_counted(len(g['methods']), 'method')}, {seeds}"
-        )
-        short = [f"{len(g['left_out'])} methods left out"] if g["left_out"] else []
-        short += [f"{seeds} instead of 5"] if len(g["seeds"]) < 5 else []
-        short += ["rates not tuned"] if rates < 2 else []
-        short += [f"{rates} rates instead of 5"] if 2 <= rates < 5 else []
-        few = len(g.get("tune_seeds", ()))
-        short += (
-            [f"tuned with {_counted(few, 'seed')}, not 3"] if few < 3 <= rates else []
-        )
-        out.append(
-            text + f". **A shorter run than the protocol: {'; '.join(short)}.**"
-            if short
-            else text + ", the whole protocol."
-        )
+            calls = read_json(path, ["calls"])["calls"]
+            out.append(_protocol(calls))
+        except (InputError, KeyError, TypeError, ValueError) as e:
+            out.append(f"`{path}` cannot be read ({_why(e)}).")
     return " ".join(out)
+
+
+def _protocol(calls: list) -> str:
+    "What the calls of one folder have run together"
+    seeds, tried = defaultdict(set), defaultdict(set)
+    for c in calls:
+        for m in c["methods"]:
+            seeds[m] |= set(c["seeds"])
+            tried[m] |= set(c["rates"]) if len(c["rates"]) > 1 else set()
+    presets = "` and `".join(sorted({c["preset"] for c in calls}))
+    counts = sorted({len(v) for v in seeds.values()})
+    many = _counted(counts[0], "seed")
+    if len(counts) > 1:
+        many = f"{counts[0]} to {_counted(counts[-1], 'seed')}"
+    text = f"Preset `{presets}`, {_counted(len(seeds), 'method')}, {many}"
+    left = set.intersection(*(set(c["left_out"]) for c in calls)) - {*seeds}
+    short = [f"{_counted(len(left), 'method')} left out"] if left else []
+    short += [f"{many} instead of 5"] if counts[0] < 5 else []
+    short += _tuning_left(calls, tried)
+    changed = sorted({v for c in calls for v in c["changed"]})
+    short += [f"changed in the preset: {', '.join(changed)}"] if changed else []
+    if short:
+        return f"{text}. **A shorter run than the protocol: {'; '.join(short)}.**"
+    return f"{text}, the whole protocol."
+
+
+def _tuning_left(calls, tried) -> list:
+    "Where the rates were tuned less than the protocol says"
+    plain = sorted(m for m, rates in tried.items() if not rates)
+    if len(plain) == len(tried):
+        return ["rates not tuned"]
+    out = [f"rates of {', '.join(plain)} not tuned"] if plain else []
+    fewest = min(len(rates) for rates in tried.values() if rates)
+    out += [f"{fewest} rates instead of 5"] if fewest < 5 else []
+    few = min(len(c["tune_seeds"]) for c in calls if len(c["rates"]) > 1)
+    return out + ([f"tuned with {_counted(few, 'seed')}, not 3"] if few < 3 else [])
 
 
 def costs(
@@ -1672,8 +1700,9 @@ def costs(
 ) -> str:  # Markdown
     "Seconds, peak memory and parameters of each row"
     lines = [
-        "| runs | method | seconds per epoch | minutes per run | MiB | parameters |",
-        "|---|---|---|---|---|---|",
+        "| runs | method | device | seconds per epoch | time per run | "
+        "peak memory, MiB | parameters |",
+        "|---|---|---|---|---|---|---|",
     ]
     for heading, group in groups.items():
         for name, rows in group.items():
@@ -1682,12 +1711,21 @@ def costs(
             seconds = sum(h["seconds"] for h in epochs)
             runs = sum(bool(r["history"]) for r in rows)
             cells = [shorten(heading, 60), shorten(name, 60)]
+            on = {str(r.get("environment", {}).get("device", "–")) for r in rows}
+            cells += [", ".join(sorted(on))]
             cells += [f"{seconds / len(epochs):.2f}" if epochs else "–"]
-            cells += [f"{seconds / runs / 60:.1f}" if epochs else "–"]
+            cells += [_duration(seconds / runs) if epochs else "–"]
             cells += [f"{max(memory):.0f}" if memory else "–"]
             cells += [f"{rows[0]['params']:,}" if "params" in rows[0] else "–"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _duration(seconds) -> str:
+    "12 s, 3.4 min, 2.1 h"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def overview(

@@ -161,14 +161,22 @@ def test_a_killed_grid_goes_on_and_says_that_it_is_short(tmp_path):
     assert len(list((tmp_path / "sweep").rglob("result.json"))) >= 10
     said = protocol_text(tmp_path)
     assert "methods left out; 2 seeds instead of 5; tuned with 1 seed, not 3" in said
+    assert "changed in the preset: epochs=1" in said
     assert "at least 5 learning rates were tried" in rates_chosen(tmp_path)
 
 
 def test_a_whole_protocol_is_called_so(tmp_path):
     whole = {"preset": "paper", "methods": ["mla"], "left_out": []}
     whole |= {"seeds": [0, 1, 2, 3, 4], "rates": [1, 2, 3, 4, 5]}
-    whole |= {"tune_seeds": [100, 101, 102]}
-    (tmp_path / "grid.json").write_text(json.dumps(whole))
+    whole |= {"tune_seeds": [100, 101, 102], "changed": []}
+    path = tmp_path / "grid.json"
+    path.write_text(json.dumps({"calls": [whole]}))
     assert protocol_text(tmp_path).endswith("5 seeds, the whole protocol.")
-    (tmp_path / "grid.json").write_text("{}")
+    shorter = {**whole, "methods": ["ogm"], "seeds": [0], "rates": [0.1]}
+    shorter["changed"] = ["epochs=2"]
+    path.write_text(json.dumps({"calls": [whole, shorter]}))
+    said = protocol_text(tmp_path)
+    assert "2 methods, 1 to 5 seeds" in said and "rates of ogm not tuned" in said
+    assert "changed in the preset: epochs=2" in said
+    path.write_text("{}")
     assert "grid.json" in protocol_text(tmp_path)  # says what is wrong, and no more

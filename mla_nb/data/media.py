@@ -1178,6 +1178,8 @@ def load_media(
     "A dataset that was prepared from media files"
     have = sorted(p.parent.name for p in Path(data).glob(f"{name}*/dataset.json"))
     hint = f"python data_scripts/prepare_{name}.py --root DIR"
+    if variant:  # prepared in another way than the preset small
+        hint += f" --preset {variant}" * (variant == "paper") + f" --variant {variant}"
     if have:
         hint += f" (prepared are: {', '.join(have)}; choose one with variant=…)"
     return load_prepared(media_folder(name, data, variant), hint)

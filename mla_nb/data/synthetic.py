@@ -280,7 +280,8 @@ def turn_knobs(family: str, **knobs) -> Knobs:
     kinds, checked = {f.name: f.type for f in fields(Knobs)}, {}
     for k, v in knobs.items():
         if k not in kinds:
-            raise unknown("knob", k, kinds)
+            own = "n_train", "n_valid", "n_test", "modalities", "family", "seed"
+            raise unknown("option of synthetic", k, [*own, *kinds])
         checked[k] = validate_option(k, v, kinds[k], *LIMITS.get(k, (0, 1)))
     out = replace(FAMILIES[family], **checked)
     for m in HEARD:

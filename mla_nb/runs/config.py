@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NOUNS', 'PRESET', 'Whole', 'Number', 'Flag', 'Text', 'KINDS', 'Options', 'Variations', 'Rate', 'ELSEWHERE', 'allowed',
            'Config', 'parse_args', 'split_list', 'with_options', 'with_args', 'option', 'DataConfig', 'ModelConfig',
-           'OptimConfig', 'RuntimeConfig', 'preset_of', 'auto_precision', 'started_processes', 'Run', 'preset_text']
+           'OptimConfig', 'RuntimeConfig', 'preset_of', 'auto_precision', 'started_processes', 'Run', 'changed_fields',
+           'preset_text']
 
 # %% ../../nbs/42_config.ipynb #f8c5ca01
 import ast
@@ -482,16 +483,26 @@ class Run(DataConfig, ModelConfig, OptimConfig, RuntimeConfig):
         return Path(self.root) / (self.name or self.id)
 
 
+def _said(cfg) -> dict:
+    "What the preset of a run says"
+    known = {**PRESET, **preset_of(cfg.dataset, cfg.preset)}
+    return {k: v for k, v in known.items() if v != ""}
+
+
+def changed_fields(
+    cfg: Run,
+) -> dict:  # field -> its value in this run
+    "The fields in which a run differs from its preset"
+    known = _said(cfg).items()
+    return {k: getattr(cfg, k) for k, v in known if v != getattr(cfg, k)}
+
+
 def preset_text(
     cfg: Run,
 ) -> str:
     "One line: which preset a run takes, what it says, and what of it was changed"
-    known = {**PRESET, **preset_of(cfg.dataset, cfg.preset)}
-    known = {k: v for k, v in known.items() if v != ""}
-    said = ", ".join(f"{k}={v}" for k, v in known.items())
-    changed = [
-        f"{k}={getattr(cfg, k)}" for k, v in known.items() if v != getattr(cfg, k)
-    ]
+    said = ", ".join(f"{k}={v}" for k, v in _said(cfg).items())
+    changed = [f"{k}={v}" for k, v in changed_fields(cfg).items()]
     hint = ""
     if cfg.preset == "small" and INDEX["datasets"].get(cfg.dataset):
         hint = " (for a laptop; the published settings: --preset paper)"
