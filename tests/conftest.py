@@ -20,7 +20,9 @@ import torch
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-LONGEST = "distributed faults pretend runs grid predict cremad resume compare site".split()
+LONGEST = (
+    "distributed faults pretend runs grid predict cremad resume compare site".split()
+)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
