@@ -747,11 +747,15 @@ def _rows_sha(splits):
     import hashlib
 
     named = [
-        (s, r["id"], r["y"], r.get("text") or "")
-        for s, rows in splits.items()
-        for r in rows
+        (s, r["id"], r["y"], *_told(r)) for s, rows in splits.items() for r in rows
     ]
     return hashlib.sha256(json.dumps(sorted(named)).encode()).hexdigest()
+
+
+def _told(row):
+    "The text of a row, and lists of numbers that stand in the table itself"
+    lists = [(k, v) for k, v in sorted(row.items()) if isinstance(v, list)]
+    return (row.get("text") or "", *([json.dumps(lists)] if lists else []))
 
 # %% ../../nbs/24_files.ipynb #68d796aa
 def summary(folder) -> str:
