@@ -115,7 +115,7 @@ BINARY = {
     b"PAR1": "a Parquet file",
 }
 
-# %% ../../nbs/37_own.ipynb #e8c477c3
+
 def _start(text):
     "(lines before the header, the separator, the text from the header on)"
     before, sep = 0, ""
@@ -359,7 +359,7 @@ def _typed(plan, cells, lines):
                     row[c] = v if f or v is None else str(v)
     return plan
 
-# %% ../../nbs/37_own.ipynb #3981656a
+
 def _declared(text, cells, path):
     "The roles and the plan that --columns states"
     roles, plan = {}, {}
@@ -876,7 +876,7 @@ def own_item(
         )
     return x
 
-# %% ../../nbs/37_own.ipynb #1a8cbff3
+
 @datasets.register(
     prepare=own_main,
     folder=partial(media_folder, "own"),
@@ -1000,7 +1000,7 @@ def kinetics_main(
     "The command line of `prepare_kinetics`"
     media_main("kinetics", doc, prepare_kinetics, miniature, argv=argv)
 
-# %% ../../nbs/37_own.ipynb #74a4c7f2
+
 @datasets.register(
     modalities=("audio", "video"),
     presets={
