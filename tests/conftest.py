@@ -20,9 +20,7 @@ import torch
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-LONGEST = (
-    "distributed faults pretend runs grid predict cremad resume compare site".split()
-)
+LONGEST = "distributed faults pretend runs grid predict cremad resume compare site"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
@@ -30,8 +28,8 @@ def pytest_collection_modifyitems(items):
     "The longest files come first: else one process ends minutes before the other"
 
     def place(item):
-        name = item.path.stem.removeprefix("test_")
-        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+        name, order = item.path.stem.removeprefix("test_"), LONGEST.split()
+        return order.index(name) if name in order else len(order)
 
     items.sort(key=place)
 
