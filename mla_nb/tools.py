@@ -61,7 +61,7 @@ def unknown(
         + f" Allowed: {listed or 'nothing yet'}."
     )
 
-# %% ../nbs/52_tools.ipynb #38ef36dd
+
 def valid_text(
     text: str,  # may hold lone surrogates: halves of characters
 ) -> str:  # without them
