@@ -32,9 +32,13 @@ def _table(path, known):
             f"{path}: the table is empty; expected a header and one sample per line."
         )
     return [
-        (k, {names.get(c.lower(), c): "" if v is None else v for c, v in r.items()})
-        for k, r in lines
+        (k, {names.get(c.lower(), c): _said(v) for c, v in r.items()}) for k, r in lines
     ]
+
+
+def _said(v):
+    "A cell as text; lists stay, and what is empty is ''"
+    return "" if v is None else v if isinstance(v, list) else str(v)
 
 
 def _not_asked(path, columns, known):
@@ -75,6 +79,8 @@ def _source(path, m, mod, cells):
     given = [cells.get(c, "") for c in names]
     if not any(given):
         return None
+    if isinstance(given[0], list):
+        return given[0]
     if mod.kind == "vector":
         return given[0] if given[0][:1] == "[" else [v or None for v in given]
     words = mod.kind == "text" or given[0][:1] == "["
