@@ -22,7 +22,7 @@ from .predict import Classifier, Explanation, as_dict, name_of
 from .tools import InputError, read_json, unknown, write_atomic
 
 # %% ../nbs/46_predict_table.ipynb #b7f7e17f
-def _table(path, known):
+def _table(path, known=()):
     "(line, {column: cell}); columns by their known names, what is empty as ''"
     if not path.is_file():
         raise InputError(f"{path}: there is no such table; give a CSV with a header.")
