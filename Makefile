@@ -177,6 +177,7 @@ benchmark: $(READY) ## where the time goes; the cost of a step, an epoch and eve
 	$(BIN)/python benchmarks/input.py
 	$(BIN)/python benchmarks/waits.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/memory_media.py
 	$(BIN)/python benchmarks/predict.py
 gpu: $(READY) ## every dataset's preset at full size, and steps in fp32, bf16, compiled, into results/gpu.json (on a machine with a GPU)
 	$(BIN)/python benchmarks/gpu.py

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['answers', 'metrics', 'features_of', 'linear_probe', 'reliability', 'ece', 'temperature', 'temperatures',
-           'TemperatureScaled', 'error_auroc', 'subset_accuracy', 'shapley', 'modality_gap', 'bootstrap_mean',
-           'bootstrap']
+           'TemperatureScaled', 'error_auroc', 'right_by_subset', 'subset_accuracy', 'shapley', 'modality_gap',
+           'bootstrap_mean', 'bootstrap', 'wilson', 'contributions', 'gap_to_single', 'appraise', 'findings']
 
 # %% ../nbs/22_evaluation.ipynb #097fd538
 import math
@@ -19,7 +19,7 @@ from torch import tensor
 
 from .core import InputError, rules
 from .heads import Net
-from .methods.base import Method, Pred, predictions
+from .methods.base import Method, Pred, predict
 from .methods.fusion import entropy, make_rule
 from .train.learner import Loaders
 
@@ -34,17 +34,21 @@ def answers(
 # %% ../nbs/22_evaluation.ipynb #703224c0
 def metrics(
     p: Pred,  # predictions
-) -> dict:  # {'fused': {'accuracy', 'f1', 'map'}, modality: …}
-    "Accuracy, macro F1 and mean average precision, fused and per modality"
+) -> dict:  # {'fused': {'accuracy', 'f1', 'balanced', 'map'}, modality: …}
+    "Accuracy, macro F1, balanced accuracy and mAP, fused and per modality"
     from sklearn.metrics import average_precision_score, f1_score
 
     def one(logits, y):
         prob, seen, guess = logits.double().softmax(1), y.unique(), logits.argmax(1)
+        prob = prob.nan_to_num(0)  # an answer that is NaN is ranked last
         ranks = [average_precision_score(y == k, prob[:, k]) for k in seen]
         f1 = f1_score(y, guess, average="macro", labels=seen, zero_division=0)
+        right = (guess == y).double()
+        recall = [right[y == k].mean().item() for k in seen]
         return {
-            "accuracy": (guess == y).double().mean().item(),
+            "accuracy": right.mean().item(),
             "f1": float(f1),
+            "balanced": float(np.mean(recall)),
             "map": float(np.mean(ranks)),
         }
 
@@ -195,6 +199,38 @@ def error_auroc(
     return {name: one(*a) for name, a in answers(p).items()}
 
 # %% ../nbs/22_evaluation.ipynb #b29a3ce5
+@torch.no_grad()
+def right_by_subset(
+    net: Net,  # trained
+    method: Method,  # its rule fuses
+    dl,  # batches on the net's device
+    features=None,  # how to encode a batch; None: as the net does
+) -> dict:  # tuple of modalities -> (N,) bool: is the fused answer right?
+    """Which samples the fusion has right with each subset of modalities.
+
+    Every batch is encoded once. The empty subset answers the most frequent class, and
+    so does a sample that has no modality of a subset.
+    """
+    mods, labels = list(net.encoders), []
+    found = {s: [] for k in range(len(mods)) for s in combinations(mods, k + 1)}
+    training, _ = net.training, net.eval()
+    for b in dl:  # one batch at a time: a GPU never holds the whole split
+        labels.append(b.y.cpu())
+        z = (features or net.features)(b)
+        for sub, answered in found.items():
+            some = {m: v for m, v in z.items() if m in sub}
+            here = {m: p if m in sub else p & False for m, p in b.present.items()}
+            p = predict(net, method, replace(b, present=here), lambda b, z=some: z)
+            p = p.cpu()
+            answered.append(p.fused.argmax(1).where(p.present.any(0), -1))
+    net.train(training)
+    y = torch.cat(labels)
+    most = y.bincount().argmax()
+    guess = {s: torch.cat(a) for s, a in found.items()}
+    right = {s: torch.where(g < 0, most, g) == y for s, g in guess.items()}
+    return {(): y == most} | right
+
+
 def subset_accuracy(
     net: Net,
     method: Method,
@@ -204,17 +240,8 @@ def subset_accuracy(
 
     The empty subset has the share of the most frequent class.
     """
-    mods, labels = list(net.encoders), []
-    found = {s: [] for k in range(len(mods)) for s in combinations(mods, k + 1)}
-    for b in dl:  # one batch at a time: a GPU never holds the whole split
-        labels.append(b.y.cpu())
-        for sub, right in found.items():
-            here = {m: p if m in sub else p & False for m, p in b.present.items()}
-            p = predictions(net, method, [replace(b, present=here)])
-            right.append(p.fused.argmax(1) == p.y)
-    y = torch.cat(labels)
-    most = {(): y.bincount().max().item() / len(y)}
-    return most | {s: torch.cat(r).double().mean().item() for s, r in found.items()}
+    right = right_by_subset(net, method, dl)
+    return {s: r.double().mean().item() for s, r in right.items()}
 
 # %% ../nbs/22_evaluation.ipynb #3d6f50b7
 def shapley(
@@ -291,3 +318,134 @@ def bootstrap(
     diff = [right(p) - right(q) for p, q in zip(a, b)]
     shared = all(labels(p) == labels(a[0]) for p in a)
     return bootstrap_mean(diff, shared, n, seed)
+
+# %% ../nbs/22_evaluation.ipynb #01525025
+def wilson(
+    right: int,  # how many of them
+    n: int,  # samples
+) -> tuple:  # (low, high), shares
+    "Wilson's 95% interval of a share"
+    z = 1.959964
+    p, scale = right / n, 1 + z * z / n
+    center = (p + z * z / (2 * n)) / scale
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
+    return max(0.0, center - half), min(1.0, center + half)
+
+# %% ../nbs/22_evaluation.ipynb #cdb5a509
+def contributions(
+    right: dict,  # from `right_by_subset`
+) -> dict:  # modality -> {'mean', 'low', 'high'} in shares of accuracy
+    "Shapley values with their 95% intervals over samples"
+    parts = shapley({s: r.double() for s, r in right.items()})  # (N,) each
+
+    def one(v):
+        half = 1.959964 * v.std().item() / math.sqrt(len(v)) if len(v) > 1 else 1.0
+        mean = v.mean().item()
+        return {"mean": mean, "low": mean - half, "high": mean + half}
+
+    return {m: one(v) for m, v in parts.items()}
+
+# %% ../nbs/22_evaluation.ipynb #3b23cf2e
+def gap_to_single(
+    p: Pred,  # test predictions
+    valid: dict,  # accuracy on validation: 'fused' and each modality
+) -> dict | None:  # modality, accuracy, and mean, low, high of fused - single
+    "The single modality that validation prefers, and how far the fusion is above it"
+    known = {m: v for m, v in valid.items() if m in p.mods and v is not None}
+    known = {m: v for m, v in known.items() if p.present[p.mods.index(m)].any()}
+    if len(p.mods) < 2 or not known:
+        return None
+    m = max(known, key=known.get)
+    here = p.present[p.mods.index(m)]
+
+    def of(logits):
+        rest = p.present[:, here], p.y[here], p.idx[here]
+        return Pred([], p.logits[:0], logits[here], None, *rest)
+
+    alone = of(p.uni[m])
+    d = bootstrap([of(p.fused)], [alone])
+    accuracy = (alone.fused.argmax(1) == alone.y).double().mean().item()
+    apart = {k: d[k] for k in ("mean", "low", "high")}
+    return {"modality": m, "accuracy": accuracy, **apart}
+
+
+def appraise(
+    p: Pred,  # test predictions
+    valid: dict,  # accuracy on validation: 'fused' and each modality
+    right: dict,  # from `right_by_subset`, on validation; empty: no contributions
+) -> dict:  # 'majority', 'metrics', 'single', 'contributions' and 'mean_weights'
+    "What people need to know about a run besides its accuracy"
+    count = p.y.bincount()
+    weights = None
+    if p.weights is not None:
+        each = zip(p.mods, p.weights, p.present)
+        weights = {m: w[here].mean().item() for m, w, here in each if here.any()}
+    return {
+        "majority": {
+            "class": int(count.argmax()),
+            "accuracy": count.max().item() / len(p.y),
+        },
+        "metrics": metrics(p),
+        "single": gap_to_single(p, valid),
+        "contributions": contributions(right) if right and len(p.mods) > 1 else {},
+        "mean_weights": weights,
+    }
+
+# %% ../nbs/22_evaluation.ipynb #b5cbf22e
+def findings(
+    r: dict,  # what `appraise` returns, with 'n_test'; keys may be missing
+) -> list:  # of sentences; empty where nothing is wrong
+    "Where a run is no better than a class, or a modality, or where one adds nothing"
+    found = [_against_majority(r), _against_single(r)]
+    weights = r.get("mean_weights") or {}
+    for m, v in (r.get("contributions") or {}).items():
+        found.append(_contribution(m, v, weights.get(m)))
+    return [text for text in found if text]
+
+
+def _against_majority(r) -> str:
+    "Is the fused answer better than the most frequent class?"
+    if "fused" not in r.get("metrics", ()) or not r.get("n_test"):
+        return ""
+    most, fused = r["majority"]["accuracy"], r["metrics"]["fused"]["accuracy"]
+    low, high = wilson(round(fused * r["n_test"]), r["n_test"])
+    if low > most:
+        return ""
+    than = "no better" if fused <= most else "not told apart from that"
+    return (
+        f"The fused answer is right on {100 * fused:.1f}% of the {r['n_test']} samples "
+        f"of {r.get('part', 'test')} (95% interval {100 * low:.1f} to "
+        f"{100 * high:.1f}), and always naming the most frequent class on "
+        f"{100 * most:.1f}%: {than}."
+    )
+
+
+def _points(d) -> str:
+    "A difference in points with its interval"
+    mean, low, high = (100 * d[k] for k in ("mean", "low", "high"))
+    return f"{mean:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}"
+
+
+def _against_single(r) -> str:
+    "Does the fusion lose to a single modality?"
+    d = r.get("single")
+    if not d or d["mean"] > 0 or d["low"] == d["high"] == 0:
+        return ""
+    m, alone = d["modality"], 100 * d["accuracy"]
+    fused = 100 * (d["accuracy"] + d["mean"])
+    on = r.get("part", "test")
+    numbers = f"{fused:.1f}% against {alone:.1f}% on {on} ({_points(d)})"
+    if d["high"] < 0:
+        return f"The fusion loses to {m} alone: {numbers}."
+    return f"The fusion is no better than {m} alone: {numbers}."
+
+
+def _contribution(m, v, weight) -> str:
+    "Does a modality contribute?"
+    if v["low"] > 0:
+        return ""
+    said = f"Shapley value on validation {_points(v)}"
+    has = "" if weight is None else f"; its mean fusion weight is {weight:.2f}"
+    if v["mean"] <= 0:
+        return f"{m} contributes nothing ({said}){has}."
+    return f"No contribution of {m} can be shown ({said}){has}."

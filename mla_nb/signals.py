@@ -76,8 +76,11 @@ def fbank(
     "Kaldi's log filter bank: Hann window, 25 ms frames every 10 ms, no dither"
     from torchaudio.compliance.kaldi import fbank as kaldi
 
+    offset = wave.mean()
+    if rows is not None:
+        wave = wave[: rate // 40 + (rows - 1) * (rate // 100)]  # what `rows` frames see
     x = kaldi(
-        (wave - wave.mean())[None],
+        (wave - offset)[None],
         sample_frequency=rate,
         htk_compat=True,
         use_energy=False,

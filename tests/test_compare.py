@@ -235,8 +235,8 @@ def test_the_best_single_modality_comes_first_and_validation_chooses_it(root):
 
 def test_the_table_holds_scores_intervals_rates_and_costs(root):
     said = report(root)
-    head = "| method | n | learning rate | fused, % | macro F1, % | mAP, % |"
-    assert f"{head} audio, % | visual, % | text, % |" in said
+    head = "| method | n | learning rate | fused, % | macro F1, % | balanced, % |"
+    assert f"{head} mAP, % | audio, % | visual, % | text, % |" in said
     [group] = with_details(compared(root))[0].values()
     p = [load_pred(root / f"mla{k}") for k in (0, 1)]
     right = [(q.fused.argmax(1) == q.y).double().numpy() for q in p]

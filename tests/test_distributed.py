@@ -117,6 +117,9 @@ MICRO = [
 ]  # the same in micro-batches of three rows
 
 
+WEIGHTS = torch.tensor([0.2, 0.6, 1.2, 2.0])  # of the classes, in all losses
+
+
 class EachGradient(GradTransform):
     "Takes half of the gradient of the first named loss"
 
@@ -209,6 +212,7 @@ def trained(
     lr=0.05,
     norm=False,
     unused=False,
+    weights=None,
 ):
     method = make(name, options)
     set_seed(0)
@@ -224,6 +228,7 @@ def trained(
         lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=1e-3),
         [*callbacks, StopOnNaN(), Recorder(1)],
         runtime=runtime,
+        class_weights=weights,
     )
     return learn.fit(epochs)
 
@@ -329,6 +334,9 @@ def child(folder):
     out, cpu = {}, partial(Runtime, "cpu")
     for name, data in CASES:
         out[f"{name}|{data}"] = found(trained(name, DATA[data](), cpu()))
+    for name in sorted(methods):
+        kept = trained(name, DATA["one_sided"](), cpu(), weights=WEIGHTS)
+        out[f"{name}|weighted"] = found(kept)
     for name, data in MICRO:
         runtime = cpu(micro_batch_size=3)
         out[f"{name}|{data} micro"] = found(trained(name, DATA[data](), runtime))
@@ -408,6 +416,19 @@ def test_two_processes_are_one_with_the_doubled_batch(two, name, data):
     assert one and all(v.isfinite().all() for v in one.values())
     for rank in (0, 1):
         equal(two(rank, f"{name}|{data}"), one)
+
+
+@pytest.mark.parametrize("name", sorted(methods))
+def test_class_weights_are_the_same_on_two_processes(two, name):
+    one = found(
+        trained(name, DATA["one_sided"](), callbacks=[SameNoise()], weights=WEIGHTS)
+    )
+    assert all(v.isfinite().all() for v in one.values())
+    plain = alone(name, "one_sided")
+    assert any(not v.equal(one[k]) for k, v in plain.items() if k.startswith("net."))
+    for rank in (0, 1):
+        eps = SENSITIVE.get(name, SENSITIVE.get(f"{name} often", 1e-6))
+        equal(two(rank, f"{name}|weighted"), one, eps)
 
 
 def test_every_registered_method_is_tried_with_gaps_on_one_side():

@@ -387,7 +387,7 @@ def test_wrong_roots_titles_and_names(mine):
     for line, why in (
         ("pho_5.jpg,pho", "line 181: 'pho_5.jpg,pho' is not `image,title,class`"),
         ("pho_999.jpg,soup,phoo", "did you mean 'pho'"),
-        ('pho_5.jpg,"' + "x" * 200000 + ",pho", "not valid CSV"),
+        ('pho_5.jpg,"' + "x" * 200000 + '",pho', "not valid CSV"),
     ):
         titles(mine).write_text(f"{whole}{line}\n")
         with pytest.raises(InputError, match=why):

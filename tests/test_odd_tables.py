@@ -352,9 +352,9 @@ def test_from_columns_of_many_kinds_to_answers(here):
     p = load(Path("runs") / r["id"])
     k = int(s.test.ids[0]) - 1
     a = p.explain(
-        front=f"front{k}.png",
-        sensor=f"s{k}.npy",
-        facts=np.array([12.5, None], object),
+        front=[f"front{k}.png"],
+        sensor=[f"s{k}.npy"],
+        facts=[[12.5, None]],
         keep=True,
     )
     assert a.pred.present[:, 0].tolist() == [True, False, True, True]

@@ -10,6 +10,7 @@ __all__ = ['PARTS', 'PICTURES', 'CLASSES', 'INCOMPLETE', 'M3AE_TEXT', 'M3AE_IMAG
 # %% ../../nbs/34_food101.ipynb #2f934830
 import csv
 import io
+import re
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -72,24 +73,48 @@ def read_titles(
     path,  # CSV without a header: image name, title, class
 ) -> list:  # dict(id, text, y) each; an empty title is None
     "The titles of one split, in any of the usual encodings"
-    out, lines = [], csv.reader(io.StringIO(read_text(path), newline=""))
-    try:
-        for r in filter(None, lines):
-            if len(r) < 3 or not r[0].strip() or not r[-1].strip():
-                raise InputError(
-                    f"{path}, line {lines.line_num}: {','.join(r)[:60]!r} is not "
-                    "`image,title,class`."
-                )
-            out.append(
-                {
-                    "id": stem(r[0]),
-                    "text": " ".join(",".join(r[1:-1]).split()) or None,
-                    "y": r[-1].strip(),
-                }
+    out = []
+    for k, line in _records(read_text(path)):
+        name, title, y = _columns(path, k, line)
+        if not name or not y:
+            raise InputError(
+                f"{path}, line {k}: {line[:60]!r} is not `image,title,class`."
             )
-    except csv.Error as e:
-        raise InputError(f"{path}, line {lines.line_num}: not valid CSV ({e}).") from e
+        out.append({"id": stem(name), "text": " ".join(title.split()) or None, "y": y})
     return out
+
+
+def _records(text):
+    "(line number, record); a quote that is never closed ends with its line"
+    lines, k = re.split(r"\r?\n|\r", text), 0
+    ends = "|".join(map(re.escape, PICTURES))
+    begins = re.compile(rf'[^,]+({ends})\s*"?\s*,', re.I)  # another image's record
+    while k < len(lines):
+        record, after = lines[k], k + 1
+        while (
+            record.count('"') % 2
+            and after < len(lines)
+            and not begins.match(lines[after])
+        ):
+            record, after = f"{record}\n{lines[after]}", after + 1
+        if record.count('"') % 2:
+            record, after = lines[k], k + 1
+        if record.strip():
+            yield k + 1, record
+        k = after
+
+
+def _columns(path, k, record):
+    "Name, title and class of one record"
+    try:
+        parts = next(csv.reader([record]))
+    except csv.Error as e:
+        raise InputError(f"{path}, line {k}: not valid CSV ({e}).") from e
+    if record.count('"') % 2:  # never closed: a plain character
+        parts = record.split(",")
+        parts[1:2] = [p.lstrip().removeprefix('"') for p in parts[1:2]]
+    title = ",".join(parts[1:-1])
+    return parts[0].strip(), title, parts[-1].strip() if len(parts) > 2 else ""
 
 # %% ../../nbs/34_food101.ipynb #edea1f2e
 def food101_rows(

@@ -31,7 +31,16 @@ from mla_nb.core import (
     unknown,
     validate_option,
 )
-from .decode import encode_image, file_problem, load_wave
+from mla_nb.data.decode import (
+    HEAD,
+    beginning,
+    encode_image,
+    file_problem,
+    is_short,
+    load_wave,
+    picture_of,
+    promised,
+)
 from mla_nb.data.prepared import (
     META,
     PICKS,
@@ -39,6 +48,7 @@ from mla_nb.data.prepared import (
     load_prepared,
     pack,
     prepare,
+    thin_classes,
     unpack,
 )
 from ..signals import excerpt, fbank, log_mel, log_spectrogram, tile
@@ -100,64 +110,46 @@ def _sound_frames(av, codec, wave, rate):
 def video_frames(
     path,  # of a video file
     every: float = 1.0,  # seconds between frames
-    span=None,  # (start, end) in seconds; None: all of it
+    span=None,  # (start, end) in seconds from the beginning; None: all of it
     crop=None,  # (left, top, right, bottom) as shares of width and height
     size: int | None = None,  # pixels along each side; None: as they are
     keep: bool = False,  # `size` is the shorter side at most; otherwise size × size
     limit: int = 10,  # at most so many, spread evenly
 ) -> list:  # (3,H,W) uint8 pictures in time order
     "Frames of a clip at regular times; an `InputError` says why it cannot be read"
-    import av
-
     start, end = span or (0.0, float("inf"))
+    due, kept, near = start, [], None
     with _opened(path, "video") as c:
-        length = None if c.duration is None else c.duration / 1e6
-        if length and start >= length:
-            raise InputError(
-                f"{path}: the span {start:.2f} to {end:.2f} s begins after the "
-                f"recording ends ({length:.2f} s)."
-            )
-        stream = c.streams.video[0]
-        stream.codec_context.thread_count = (
-            1  # many files at once are faster than many threads in one
-        )
-        if start > 1:
-            c.seek(int((start - 1) * 1e6))
-        due, last, found = start, None, []
-        try:
-            for f in c.decode(stream):
-                last, now = f, f.time or 0.0
-                if now >= end:
-                    break
-                if now >= due - 0.02:
-                    found.append(f.to_image())
-                    due += every
-        except av.error.FFmpegError as e:
-            raise InputError(
-                f"{path}: the video is damaged after {last.time if last else 0:.2f} s "
-                f"({e.strerror}); fetch it again."
-            ) from e
-    if last is None:
-        raise InputError(f"{path}: the video stream holds no picture; fetch it again.")
-    if length and end == float("inf") and last.time < length - max(0.75, 0.1 * length):
-        raise InputError(
-            f"{path}: the video is cut short ({last.time:.2f} of {length:.2f} s); "
-            "fetch it again."
-        )
-    if not found and last.time < start - 1:
-        raise InputError(
-            f"{path}: the video is damaged: no picture can be decoded from "
-            f"{start:.2f} s on; fetch it again."
-        )
-    found = found or [last.to_image()]  # a span between two frames
-    return [
-        _shrink(im, crop, size, keep)
-        for im in (
-            [found[i] for i in evenly(len(found), limit)]
-            if len(found) > limit
-            else found
-        )
-    ]
+        clip = _Clip(path, c)
+        for now, frame in clip.frames(start):
+            if now >= end:
+                near = near or frame
+                break
+            if now < due - 0.02:
+                near = frame
+                continue
+            # after a gap, the next one is due an interval from now
+            due = due + every if now < due + every else now + every
+            kept.append(_shrink(clip.upright(frame), crop, size, keep))
+            if len(kept) > 4 * limit:
+                kept, due, every = kept[::2], due + every, 2 * every
+        clip.check(start, end, bool(kept))
+        if not kept:  # a span between two frames
+            kept = [_shrink(clip.upright(near), crop, size, keep)]
+    if len(kept) > limit:
+        kept = [kept[i] for i in evenly(len(kept), limit)]
+    return _alike(kept)
+
+
+def _turned(image, a, b, c, d):
+    "A picture turned and mirrored as (a b; c d) of a display matrix says"
+    from PIL.Image import Transpose as Turn
+
+    if abs(b) > abs(a):  # x and y change places
+        image, a, d = image.transpose(Turn.TRANSPOSE), c, b
+    if a < 0:
+        image = image.transpose(Turn.FLIP_LEFT_RIGHT)
+    return image.transpose(Turn.FLIP_TOP_BOTTOM) if d < 0 else image
 
 
 def _shrink(im, crop, size, keep=False):
@@ -172,6 +164,20 @@ def _shrink(im, crop, size, keep=False):
         im = im.resize((size, size), 2, reducing_gap=2.0)
     return torch.from_numpy(np.array(im.convert("RGB"))).permute(2, 0, 1)
 
+
+def _alike(frames):
+    "All as large as the largest: a video call may change its size on the way"
+    from PIL import Image
+
+    shape = max((f.shape for f in frames), key=lambda s: s.numel())
+    size = (shape[2], shape[1])
+    return [
+        f
+        if f.shape == shape
+        else _shrink(Image.fromarray(f.permute(1, 2, 0).numpy()).resize(size), None, 0)
+        for f in frames
+    ]
+
 # %% ../../nbs/24_files.ipynb #4a3822c2
 def _opened(path, kind):
     "An open container that has a stream of this kind ('video' or 'audio')"
@@ -181,21 +187,28 @@ def _opened(path, kind):
     if problem := file_problem(head, size, kind):
         raise InputError(f"{path}: {problem}")
     try:
-        c = av.open(str(path))
+        c = av.open(f"file:{path}")  # a colon in a name does not make it an address
     except av.error.FFmpegError as e:
         raise InputError(
             f"{path}: not a readable {kind} file ({e.strerror}); fetch it again."
         ) from e
-    if not getattr(c.streams, kind):
+    if not any(_shows(s) for s in getattr(c.streams, kind)):
         c.close()
         raise InputError(f"{path}: the file has no {kind} stream.")
     return c
 
 
+def _shows(stream) -> bool:
+    "Whether a stream is more than the picture on a record's cover"
+    from av.stream import Disposition
+
+    return not stream.disposition & Disposition.attached_pic
+
+
 def _head(path, what):
     try:
         with open(path, "rb") as f:
-            return f.read(1024), os.fstat(f.fileno()).st_size
+            return f.read(HEAD), os.fstat(f.fileno()).st_size
     except FileNotFoundError:
         raise InputError(
             f"{path}: there is no such {what} file; check the path."
@@ -203,8 +216,128 @@ def _head(path, what):
     except (PermissionError, IsADirectoryError) as e:
         raise InputError(f"{path}: cannot be read ({e.strerror.lower()}).") from None
 
+# %% ../../nbs/24_files.ipynb #42a305b8
+class _Clip:
+    "The pictures of an open container by time, and whether some of them are missing"
+
+    def __init__(self, path, c):
+        self.path, self.c = path, c
+        self.stream = next(s for s in c.streams.video if _shows(s))
+        # many files at once are faster than many threads in one
+        self.stream.codec_context.thread_count = 1
+        self.clock = beginning(c, self.stream)
+        self.step = 1 / float(self.stream.average_rate or 25)
+        self.stretch = float(self.stream.sample_aspect_ratio or 1)
+        self.last, self.ends, self.error = None, {}, None
+        self.matrices = {}  # rotation -> display matrix
+
+    def frames(self, start):
+        "(seconds since the beginning, frame), from the last one before `start` on"
+        if start > 1:
+            self.c.seek(int((self.clock + start - 1) * 1e6))
+        found = self.decoded()
+        first = next(found, None)
+        if start > 1 and (first is None or first[0] > start):
+            # some containers cannot find the last whole picture
+            self.last, self.ends, self.error = None, {}, None
+            self.c.seek(int(self.clock * 1e6))
+            found, first = self.decoded(), None
+        if first:
+            yield first
+        yield from found
+
+    def decoded(self):
+        "(seconds since the beginning, frame) from where the container stands"
+        import av
+
+        back = 0.0
+        for p in self.c.demux():
+            if p.pts is not None:
+                end = float((p.pts + (p.duration or 0)) * p.time_base)
+                self.ends[p.stream_index] = max(end, self.ends.get(p.stream_index, end))
+            try:
+                found = p.decode() if p.stream_index == self.stream.index else []
+            except av.error.FFmpegError as e:
+                self.error = e
+                if self.last is not None:
+                    return
+                continue  # a recording that begins between two whole pictures
+            for f in found:
+                after = 0.0 if self.last is None else self.last + self.step
+                now = after if f.time is None else f.time - self.clock + back
+                if now < after - 1:  # the clock was set back
+                    back += after - now
+                    now = after
+                self.last = now
+                yield now, f
+
+    def upright(self, frame):
+        "A frame as players show it: pixels made square, turned as the file says"
+        if frame.rotation not in self.matrices:
+            # only once: a frame whose side data was read is freed late
+            found = frame.side_data.get("DISPLAYMATRIX")
+            unit = [1, 0, 0, 0, 1, 0, 0, 0, 1]
+            matrix = unit if found is None else np.frombuffer(found, "i4").tolist()
+            self.matrices[frame.rotation] = [matrix[k] for k in (0, 1, 3, 4)]
+        image = frame.to_image()
+        if abs(self.stretch - 1) > 0.01:
+            image = image.resize((round(image.width * self.stretch), image.height), 2)
+        return _turned(image, *self.matrices[frame.rotation])
+
+    def check(self, start, end, some):
+        "Refuse a clip of which packets are missing or damaged"
+        last, length = self.last, (self.c.duration or 0) / 1e6
+        length -= self.clock if length > self.clock else 0  # mkv counts from 0
+        if self.error and (last is None or last < end):
+            raise InputError(
+                f"{self.path}: the video is damaged after {last or 0:.2f} s "
+                f"({self.error.strerror}); fetch it again."
+            )
+        if not some and start > 0 and (last is None or last + self.step < start):
+            if start < length - 1:
+                raise InputError(
+                    f"{self.path}: the video is damaged: no picture can be decoded "
+                    f"from {start:.2f} s on; fetch it again."
+                )
+            raise InputError(
+                f"{self.path}: the span {start:.2f} to {end:.2f} s begins after the "
+                f"recording ends ({length or last or 0:.2f} s)."
+            )
+        if last is None:
+            raise InputError(
+                f"{self.path}: the video stream holds no picture; fetch it again."
+            )
+        if end == float("inf"):
+            self.check_end(length)
+
+    def check_end(self, length):
+        "Its index or tag says how long a stream is; a container that all streams are"
+        said = promised(self.c, self.stream)
+        have = self.ends.get(self.stream.index, self.last + self.clock) - self.clock
+        if said is None and not _last_tag_is_whole(self.path):
+            said, have = length, max(self.ends.values()) - self.clock
+        if said and is_short(have, said):
+            raise InputError(
+                f"{self.path}: the video is cut short ({have:.2f} of {said:.2f} s); "
+                "fetch it again."
+            )
+
+
+def _last_tag_is_whole(path) -> bool:
+    "Whether an flv file, which has no index, ends where its last tag does"
+    with open(path, "rb") as f:
+        head, size = f.read(9), os.fstat(f.fileno()).st_size
+        if head[:3] != b"FLV":
+            return True
+        at = int.from_bytes(head[5:9], "big") + 4
+        while at + 11 <= size:
+            f.seek(at + 1)
+            at += 11 + int.from_bytes(f.read(3), "big") + 4
+    return at - 4 <= size <= at
+
 # %% ../../nbs/24_files.ipynb #854bbdf0
-MEDIA = [".flv", ".mp4", ".avi", ".mkv", ".webm", ".mov", ".mpg", ".m4a"]
+MEDIA = [".flv", ".mp4", ".avi", ".mkv", ".webm", ".mov", ".mpg", ".m4a", ".m4v"]
+MEDIA += [".mpeg", ".3gp", ".3g2", ".ts", ".mts", ".m2ts", ".wmv", ".ogv", ".vob"]
 
 
 def sound_of(
@@ -213,41 +346,19 @@ def sound_of(
     span=None,  # (start, end) in seconds
 ):  # (T,) float32 waveform
     "The sound of a file, mono"
-    if Path(path).suffix.lower() not in MEDIA:
-        _head(path, "recording")
-        wave = load_wave(path, rate)[0]
-    else:
-        import av
-
-        with _opened(path, "audio") as c:
-            to = av.AudioResampler(format="flt", layout="mono", rate=rate)
-            try:
-                parts = [
-                    f.to_ndarray()[0]
-                    for frame in c.decode(audio=0)
-                    for f in to.resample(frame)
-                ]
-            except av.error.FFmpegError as e:
-                raise InputError(
-                    f"{path}: the sound track is damaged ({e.strerror}); fetch it "
-                    "again."
-                ) from e
-        if not parts:
-            raise InputError(f"{path}: the sound track is empty; fetch it again.")
-        wave = torch.from_numpy(np.concatenate(parts))
-    if not wave.isfinite().all():
+    _head(path, "recording")
+    wave = load_wave(path, rate, span)[0]
+    if len(wave) and not torch.stack(wave.aminmax()).isfinite().all():
         raise InputError(
             f"{path}: the recording holds NaN or infinity; fetch it again."
         )
-    if not span:
-        return wave
-    cut = wave[int(span[0] * rate) : int(span[1] * rate)]
-    if not len(cut):
+    if not len(wave):
+        length = len(load_wave(path, rate)[0]) / rate
         raise InputError(
             f"{path}: the span {span[0]:.2f} to {span[1]:.2f} s lies outside of the "
-            f"recording ({len(wave) / rate:.2f} s)."
+            f"recording ({length:.2f} s)."
         )
-    return cut
+    return wave
 
 # %% ../../nbs/24_files.ipynb #0374881f
 def read_text(
@@ -375,29 +486,39 @@ def media_modalities(
 def read_media(
     row: dict,  # id, y; any of audio, video, image, text_file (paths), text, span, crop
     o: dict,  # from `media_options`
-) -> dict:  # id, y and the stored items; what the row does not name is absent
+) -> dict:  # id, y and the stored items; notes, if something in them is empty
     "One sample from its files"
-    out, span = {"id": row["id"], "y": row["y"]}, row.get("span")
+    out, span, notes = {"id": row["id"], "y": row["y"]}, row.get("span"), []
     if row.get("audio"):
-        out["audio"] = audio_features(
-            sound_of(row["audio"], RATE, row.get("audio_span")), o, row["id"]
-        ).numpy()
+        wave = sound_of(row["audio"], RATE, row.get("audio_span"))
+        low, high = wave.aminmax()
+        if max(-low, high) < 1e-4:  # -80 dB
+            notes.append("audio: silent, or its channels cancel")
+        out["audio"] = audio_features(wave, o, row["id"]).numpy()
     if row.get("video"):
-        out["video"] = [
-            encode_image(f, "JPEG")
-            for f in video_frames(
-                row["video"], 1 / o["fps"], span, row.get("crop"), *_stored_size(o)
-            )
-        ]
+        frames = video_frames(
+            row["video"], 1 / o["fps"], span, row.get("crop"), *_stored_size(o)
+        )
+        if all(map(_one_color, frames)):
+            notes.append("video: every frame has one color")
+        out["video"] = [encode_image(f, "JPEG") for f in frames]
     if row.get("image"):
-        out["image"] = encode_image(open_image(row["image"], *_stored_size(o)), "JPEG")
+        picture = open_image(row["image"], *_stored_size(o))
+        if _one_color(picture):
+            notes.append("image: has one color")
+        out["image"] = encode_image(picture, "JPEG")
     if row.get("text_file"):
         text = " ".join(read_text(row["text_file"]).split())
     else:
         text = row.get("text") or ""
     if text.strip():
         out["text"] = valid_text(text)  # an empty text is an absent one
-    return out
+    return out | ({"notes": notes} if notes else {})
+
+
+def _one_color(x) -> bool:
+    "Whether a (3,H,W) uint8 picture shows nothing"
+    return bool((x.amax((1, 2)) - x.amin((1, 2)) <= 2).all())
 
 
 def _stored_size(o) -> tuple:
@@ -411,23 +532,10 @@ def open_image(
     keep: bool = False,  # `size` is the shorter side at most; otherwise size × size
 ):
     "An image file as (3,H,W) uint8"
-    from PIL import Image
-
     head, n = _head(path, "image")
     if problem := file_problem(head, n, "image"):
         raise InputError(f"{path}: {problem}")
-    try:
-        with Image.open(path) as im:
-            if size:
-                im.draft(
-                    "RGB", (size, size)
-                )  # lets the JPEG decoder shrink by 2, 4 or 8 on the way
-            return _shrink(im.convert("RGB"), None, size, keep)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(
-            f"{path}: not a readable image ({str(e).split('<')[0].strip()}); fetch it "
-            "again or leave it out."
-        ) from e
+    return _shrink(picture_of(path, str(path), size), None, size, keep)
 
 # %% ../../nbs/24_files.ipynb #27b5dadd
 def numbered(text: str) -> list:
@@ -464,7 +572,7 @@ def read_split(
 def stem(name: str) -> str:
     "A sample's id from a file name: without folders and media suffix"
     return re.sub(
-        r"\.(wav|flv|mp4|avi|mkv|webm|mov|mpg|m4a|jpe?g|png|txt)$",
+        rf"({'|'.join(map(re.escape, MEDIA))}|\.wav|\.jpe?g|\.png|\.txt)$",
         "",
         name.replace("\\", "/").rsplit("/", 1)[-1].strip(),
         flags=re.I,
@@ -759,7 +867,7 @@ def _told(row):
 
 # %% ../../nbs/24_files.ipynb #68d796aa
 def summary(folder) -> str:
-    "Counts per split and class, and what was left out, of a prepared dataset"
+    "Counts per split and class, what was left out, and what is empty"
     meta = read_json(Path(folder) / "dataset.json", META)
     width = max(map(len, meta["classes"])) + 1
     lines = [f"{'':{width}}" + "".join(f"{s:>8}" for s in meta["counts"])]
@@ -769,6 +877,8 @@ def summary(folder) -> str:
         )
     if name := (meta["source"] or {}).get("split_name"):
         lines.append(f"split: {name}")
+    by = {s: {c: n[c] for c in meta["classes"]} for s, n in meta["counts"].items()}
+    lines += [f"note: {text}" for text in thin_classes(by)]
     if meta["skipped"]:
         why = Counter(
             re.sub(r"^.*?: |[\d.]+", "", r["reason"]).strip()
@@ -779,6 +889,14 @@ def summary(folder) -> str:
         lines += [
             f"left out: {sum(meta['skipped'].values())}, listed in {folder}/skipped.csv"
         ] + [f"  {n} × {reason}" for reason, n in why.most_common(5)]
+    if (notes := Path(folder) / "notes.csv").exists():
+        found = defaultdict(list)
+        for r in csv.DictReader(notes.open(encoding="utf-8")):
+            found[r["note"]].append(r["id"])
+        lines.append(f"kept, but nothing is in it, listed in {notes}")
+        for note, ids in found.items():
+            some = ", ".join(ids[:3]) + (", …" if ids[3:] else "")
+            lines.append(f"  {len(ids)} × {note} ({some})")
     return "\n".join(lines)
 
 # %% ../../nbs/24_files.ipynb #a79a7c04

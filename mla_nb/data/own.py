@@ -692,7 +692,7 @@ def read_own(
     plan: dict,  # from `own_rows`
 ) -> dict:  # id, y, and the stored items; what the row does not name is absent
     "One sample of a table"
-    out = {"id": row["id"], "y": row["y"]}
+    out, notes = {"id": row["id"], "y": row["y"]}, []
     for m, p in plan.items():
         kind = p["kind"]
         if kind == "vector" and m in row:
@@ -709,8 +709,11 @@ def read_own(
             key = "text_file" if p.get("files") or m not in row else kind
             span = row.get("span")
             one = {"id": row["id"], "y": row["y"], key: row.get(m) or row["text_file"]}
-            out[m] = read_media({**one, "span": span, "audio_span": span}, o).get(kind)
-    return out
+            found = read_media({**one, "span": span, "audio_span": span}, o)
+            out[m] = found.get(kind)
+            said = found.get("notes", [])
+            notes += [m + note.removeprefix(kind) for note in said]
+    return out | ({"notes": notes} if notes else {})
 
 # %% ../../nbs/37_own.ipynb #95fe33f1
 def own_modalities(
@@ -924,6 +927,14 @@ def kinetics_rows(
             f"{top}: no class folders with videos ({', '.join(MEDIA[:6])}) in it; "
             "give the folder that holds videos/<class>/<clip>.mp4 as --root."
         )
+    other = Counter(
+        p.suffix.lower() or p.name
+        for p in top.glob("*/*")
+        if p.is_file() and p not in set(found) and not p.name.startswith(".")
+    )
+    if other:
+        said = ", ".join(f"{n} × {suffix}" for suffix, n in other.most_common(5))
+        print(f"not read, because their names do not end like a video's: {said}")
     return check_rows(
         [
             {"id": p.stem, "y": p.parent.name, "audio": str(p), "video": str(p)}

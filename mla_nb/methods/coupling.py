@@ -110,14 +110,14 @@ class PMR(Callback):
     def __call__(self, turn: Turn):
         "Joint cross-entropy, and prototype losses of the modalities that lag behind"
         joint = turn.gather_rows(turn.net.combine(turn.features, turn.batch))
-        loss, ce, sure, unsure = F.cross_entropy(joint, turn.rows.y), {}, {}, {}
+        loss, ce, sure, unsure = turn.cross_entropy(joint, turn.rows.y), {}, {}, {}
         for m, z in turn.features.items():
             here = turn.rows.present[m].nonzero()[:, 0]
             if m not in self.prototypes or not len(here):
                 continue
             z, y = (select_rows(v, here) for v in (turn.gather_rows(z), turn.rows.y))
             logits = prototype_logits(z, self.prototypes[m].to(z))
-            ce[m], log_p = F.cross_entropy(logits, y), logits.log_softmax(1)
+            ce[m], log_p = turn.cross_entropy(logits, y), logits.log_softmax(1)
             unsure[m] = -(log_p.exp() * log_p).sum(1).mean()
             sure[m] = log_p.detach().exp().gather(1, y[:, None]).mean()
         self.behind, ahead = imbalance(sure, self.form)
@@ -200,7 +200,7 @@ class LFM(Callback):
         present = to_device(present, logits.device)
         here = present[..., None].to(logits.dtype)
         mean = (logits * here).sum(0) / here.sum(0).clamp(min=1)
-        return F.cross_entropy(mean, b.y), alignment(logits, present).mean()
+        return turn.cross_entropy(mean, b.y), alignment(logits, present).mean()
 
     def __call__(self, turn: Turn):
         "Both terms, weighted, times the number of modalities"
@@ -336,14 +336,14 @@ def cml_loss(
     g = torch.Generator().manual_seed(turn.epoch * 1_000_003 + turn.step)
     order = [order[k] for k in torch.randperm(len(order), generator=g).tolist()]
     before = subset_logits(turn, order)
-    ce, rises = [F.cross_entropy(before, y)], []
+    ce, rises = [turn.cross_entropy(before, y)], []
     for k, m in enumerate(order[:-1], 1):
         after = subset_logits(turn, order[k:])
         rows = torch.stack([turn.rows.present[o] for o in order[k:]]).any(0)
         rows = (rows & turn.rows.present[m]).nonzero()[:, 0]
         if len(rows):
             old, new, labels = (select_rows(v, rows) for v in (before, after, y))
-            ce.append(F.cross_entropy(new, labels))
+            ce.append(turn.cross_entropy(new, labels))
             rises.append(confidence_rise(old, new, form))
         before = after
     return sum(ce) / len(ce) + lam * sum(rises)
@@ -397,7 +397,7 @@ class ARL(GradTransform):
         loss, y = ce_loss(turn), turn.batch.y
         gamma = self.gamma if turn.epoch >= self.start else 1.0
         for m, z in turn.features.items():
-            each = F.cross_entropy(turn.net.head({m: z}), y, reduction="none")
+            each = turn.cross_entropy(turn.net.head({m: z}), y, reduction="none")
             here = to_device(turn.batch.present[m], each.device)
             loss = loss + gamma * (each * here).mean()
         return loss

@@ -11,7 +11,6 @@ import math
 from itertools import combinations
 
 import torch
-import torch.nn.functional as F
 
 from mla_nb.core import (
     Batch,
@@ -183,9 +182,9 @@ class AMCo(GradTransform):
             term = head.unimodal_logits(m, turn.features[m])
             here = to_device(turn.batch.present[m], term.device)
             joint = joint - here[:, None] * (1 - mask) * term
-            ce = F.cross_entropy(mask * term, y, reduction="none")
+            ce = turn.cross_entropy(mask * term, y, reduction="none")
             losses[m] = (ce * here).mean()
-        return {"joint": F.cross_entropy(joint, y)} | losses
+        return {"joint": turn.cross_entropy(joint, y)} | losses
 
 
 @methods

@@ -49,7 +49,7 @@ def own_losses(turn: Turn) -> dict:
     found = {}
     for m, z in turn.features.items():
         logits = turn.net.head.unimodal_logits(m, z)
-        ce = F.cross_entropy(logits, turn.batch.y, reduction="none")
+        ce = turn.cross_entropy(logits, turn.batch.y, reduction="none")
         if turn.batch.rows(m) is not None:
             ce = ce * to_device(turn.batch.present[m], ce.device)
         found[m] = ce.mean()
@@ -294,13 +294,13 @@ class CGGM(GradTransform):
         "Joint loss, losses of classifiers on fixed features, and the direction loss"
         z, y, head = turn.features, turn.rows.y, turn.net.head
         joint = turn.gather_rows(turn.net.combine(z, turn.batch))
-        loss, now, cosine = F.cross_entropy(joint, y), {}, {}
+        loss, now, cosine = turn.cross_entropy(joint, y), {}, {}
         for m, v in z.items():
             rows = turn.rows.present[m].nonzero()[:, 0]
             v = turn.gather_rows(v)
             own = turn.gather_rows(head.unimodal_logits(m, z[m].detach()))
             joint_m, v, own, y_m = (select_rows(t, rows) for t in (joint, v, own, y))
-            loss = loss + F.cross_entropy(own, y_m)
+            loss = loss + turn.cross_entropy(own, y_m)
             own = own.detach()
             now[m] = self.rate(own, y_m)
             taught = head_gradient(own, v.detach(), y_m)

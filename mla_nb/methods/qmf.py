@@ -84,15 +84,15 @@ class QMFLoss(Histories):
             raise unknown("branch of QMF", branch, ["av", "m3ae"])
         self.branch = branch
 
-    def terms(self, logits, y, idx, present):
+    def terms(self, logits, turn):
         "Per modality, over the rows that have it: cross-entropies (B,), ranking loss"
-        ces, ranks = {}, {}
+        t, ces, ranks = turn.rows, {}, {}
         for m, found in logits.items():
             # on the CPU, as the flags are: no GPU has to wait
-            here = present[m].nonzero().squeeze(1)
-            own, rows = select_rows(found, here), select_rows(idx, here)
-            ce = F.cross_entropy(own, select_rows(y, here), reduction="none")
-            ces[m] = ce.mean()
+            here = t.present[m].nonzero().squeeze(1)
+            own, rows, y = (select_rows(v, here) for v in (found, t.idx, t.y))
+            ce = F.cross_entropy(own, y, reduction="none")
+            ces[m] = turn.weighted(ce, y).mean()
             history = self.remember(m, rows, ce.detach())
             ranks[m] = rank_loss(confidence(own), history)
         return ces, ranks
@@ -102,14 +102,14 @@ class QMFLoss(Histories):
         self.later, head = turn.epoch > 0, turn.net.head
         each = {m: head({m: z}) for m, z in turn.features.items()}
         logits, t = {m: turn.gather_rows(v) for m, v in each.items()}, turn.rows
-        ces, ranks = self.terms(logits, t.y, t.idx, t.present)
+        ces, ranks = self.terms(logits, turn)
         if self.branch == "m3ae":
             return sum(ces.values()) + sum(ranks.values())
         fused = 0
         for m, own in logits.items():
             here = to_device(t.present[m], own.device)[:, None]
             fused = fused + confidence(own).detach()[:, None] * own * here
-        total = F.cross_entropy(fused, t.y) + sum(ces.values())
+        total = turn.cross_entropy(fused, t.y) + sum(ces.values())
         return total + 0.1 * sum(ranks.values())
 
 # %% ../../nbs/14_confidence.ipynb #74e01b3f

@@ -11,7 +11,6 @@ from itertools import combinations
 from math import comb
 
 import torch
-import torch.nn.functional as F
 
 from mla_nb.core import (
     InputError,
@@ -288,7 +287,7 @@ class AGM(GradTransform):
         terms = {m: turn.gather_rows(t) for m, t in own.items()}
         k = self.coefficients(terms, turn.rows)
         logits = sum(scale_gradient(t, k[m]) for m, t in terms.items())
-        return F.cross_entropy(logits, turn.rows.y)
+        return turn.cross_entropy(logits, turn.rows.y)
 
     def no_terms(self, turn: Turn) -> dict:
         "What a process without rows contributes"

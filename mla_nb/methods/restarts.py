@@ -95,7 +95,8 @@ class ReconBoost(Callback):
         own = logits.pop(one)
         fixed = {m: v.detach() for m, v in logits.items()}
         others = sum(fixed.values(), torch.zeros_like(own))
-        loss = residual_loss(own, others, turn.batch.y, self.weight).mean()
+        each = residual_loss(own, others, turn.batch.y, self.weight)
+        loss = turn.weighted(each, turn.batch.y).mean()
         before = mods[mods.index(one) - 1]
         if not self.agree or before not in fixed or turn.epoch < self.stage:
             return loss

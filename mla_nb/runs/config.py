@@ -309,6 +309,22 @@ class OptimConfig(Config):
         "for data larger than memory)",
         "'all' or 'shards'",
     )
+    class_weights: Literal["", "balanced"] = option(
+        "",
+        "'balanced': every class counts alike in the losses; rare ones weigh more",
+        "'balanced' or nothing",
+    )
+    sampling: Literal["", "balanced"] = option(
+        "",
+        "'balanced': equally many training samples of each class; rare ones repeat",
+        "'balanced' or nothing",
+    )
+    best_by: Literal["accuracy", "f1", "balanced_accuracy"] = option(
+        "accuracy",
+        "score on validation that chooses the epoch: 'accuracy', 'f1' (macro) "
+        "or 'balanced_accuracy'",
+        "one of accuracy, f1, balanced_accuracy",
+    )
     augment: Variations | None = option(
         None,
         "how training pictures are varied: 'crop' shifts them, 'flip' mirrors them, "

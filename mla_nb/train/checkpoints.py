@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL', 'CLOSED', 'save_tensors', 'read_tensors', 'fits', 'load_weights', 'is_main', 'processes', 'checkpoints',
-           'remove_checkpoints', 'read_state', 'States', 'Saver', 'Stopped', 'Stopper', 'undisturbed', 'causes',
-           'explain_failure', 'save_pred', 'load_pred']
+           'remove_checkpoints', 'read_state', 'States', 'epoch_rank', 'BestEpoch', 'Saver', 'Stopped', 'Stopper',
+           'undisturbed', 'causes', 'explain_failure', 'save_pred', 'load_pred']
 
 # %% ../../nbs/41_checkpoints.ipynb #1f66f7b4
 import errno
@@ -199,7 +199,7 @@ class States(Callback):
         minutes: float = 0.0,  # between states within an epoch; 0: only at its end
     ):
         self.folder, self.keep, self.minutes = Path(folder), keep, minutes
-        self.best, self.time = None, time.monotonic()  # [accuracy, -loss, epoch]
+        self.best, self.time = None, time.monotonic()  # as `epoch_rank` makes it
 
     def read(self, device):
         "The newest whole state and its path; damaged ones are set aside with a warning"
@@ -276,10 +276,47 @@ def _plain(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 # %% ../../nbs/41_checkpoints.ipynb #77803a40
+def epoch_rank(
+    row: dict,  # of an epoch, as the `Recorder` fills it
+    best_by: str = "accuracy",  # or 'f1', 'balanced_accuracy': which score decides
+) -> list:  # [score, -loss or 0, epoch]: the larger, the better
+    "How good an epoch is on validation; the last of equal epochs is the best"
+    score = row["valid"][best_by]["fused"]
+    # accuracies are often equal: then the loss decides
+    second = -row["valid"]["loss"]["fused"] if best_by == "accuracy" else 0.0
+    return [score, second, row["epoch"]]
+
+
+class BestEpoch(Callback):
+    "Keep the best epoch's weights in memory"
+
+    order = 20
+
+    def __init__(self, best_by: str = "accuracy"):
+        self.best_by, self.best, self.weights = best_by, None, {}
+
+    def after_epoch(self, learn):
+        "Keep the weights if they are the best so far"
+        rank = epoch_rank(learn.row, self.best_by)
+        if self.best is None or rank > self.best:
+            kept = learn.net.state_dict().items()
+            self.best, self.weights = rank, {k: v.clone() for k, v in kept}
+
+
 class Saver(States):
     "Keep the best epoch's weights and the last states; resume if there are any"
 
     order = 20
+
+    def __init__(
+        self,
+        folder,
+        keep: int = 2,  # states
+        minutes: float = 0.0,  # between states within an epoch; 0: only at its end
+        best_by: str = "accuracy",  # which score chooses the epoch, see `epoch_rank`
+    ):
+        super().__init__(folder, keep, minutes)
+        self.best_by = best_by
 
     def before_fit(self, learn):
         "Go on from the newest state, if there is one"
@@ -320,11 +357,10 @@ class Saver(States):
 
     def after_epoch(self, learn):
         "Keep the weights if they are the best so far, and a state to go on from"
-        valid, rows = learn.row["valid"], [*learn.history, learn.row]
-        score = [valid["accuracy"]["fused"], -valid["loss"]["fused"], learn.epoch]
-        better = self.best is None or score[:2] > self.best[:2]
+        rows, rank = [*learn.history, learn.row], epoch_rank(learn.row, self.best_by)
+        better = self.best is None or rank > self.best
         if better:
-            self.best = score
+            self.best = rank
         if better and is_main():
             save_tensors(learn.net.state_dict(), self.folder / "model.safetensors")
         self.save(learn, rows)

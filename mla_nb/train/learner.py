@@ -34,6 +34,7 @@ from mla_nb.methods.base import (
     Method,
     Pred,
     Turn,
+    class_scores,
     fuse,
     predict,
     predictions,
@@ -299,12 +300,14 @@ class Learner(TrainState):
         callbacks=(),
         seed: int = 0,  # of everything that is random during training
         runtime=None,  # devices and processes; None: a `LocalRuntime`
+        class_weights=None,  # (C,) for the losses; None: all classes alike
     ):
         for m in method.modalities or ():
             if m not in net.encoders:
                 raise unknown("modality", m, net.encoders)
         self.net, self.dls, self.method, self.seed = net, dls, method, seed
         self.opt_func, self.rule = opt_func, method.rule
+        self.class_weights = class_weights
         self.opt = opt_func(net.parameters())
         self.runtime = runtime or LocalRuntime()
         transforms = method.grad_transforms
@@ -325,7 +328,8 @@ class Learner(TrainState):
     def make_turn(self, b: Batch, rows: Batch | None = None, owner=None) -> Turn:
         "A turn of the batch that is being trained on"
         where = self.epoch, self.step, len(self.dls.train)
-        return Turn(b, self.net, self.runtime, rows, *where, owner=owner)
+        more = {"owner": owner, "class_weights": self.class_weights}
+        return Turn(b, self.net, self.runtime, rows, *where, **more)
 
     def one_turn(self, turn: Turn):
         "Gradients, and one step of the optimizer"
@@ -364,6 +368,9 @@ class Learner(TrainState):
         with self.runtime.arithmetic():
             try:
                 self.runtime.prepare(self)
+                if self.class_weights is not None:
+                    device = next(self.net.parameters()).device
+                    self.class_weights = self.class_weights.to(device)
                 self.call("before_fit")
                 while self.epoch < self.epochs and not self.stop:
                     self.one_epoch()
@@ -394,6 +401,7 @@ class Learner(TrainState):
         "A learner of another net on the same batches, device and processes"
         other = Learner(net, self.dls, method, self.opt_func, (), self.seed + seed)
         other.runtime = self.runtime.twin(other)
+        other.class_weights = self.class_weights
         return other
 
     def validate(self) -> Pred:
@@ -508,7 +516,7 @@ class Recorder(EpochMetrics, Callback):
             seconds=seconds,
             memory=peak_memory(self.device),
             train=self.means(),
-            valid=scores(p),
+            valid=scores(p) | class_scores(p),
         )
         self.reset()
 
