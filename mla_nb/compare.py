@@ -608,21 +608,25 @@ def browse_runs(
 # %% ../nbs/44_compare.ipynb #3ddf47a8
 def seed_list(
     v,  # '0:5', '0,3' or a list
+    name: str = "seed",  # what to call it in an error
 ) -> list:
     "Seeds, as a range or one by one"
     if not isinstance(v, str):
         return list(v)
     try:
-        return [
+        found = [
             s
             for part in v.split(",")
             for s in (range(*map(int, part.split(":"))) if ":" in part else [int(part)])
         ]
     except (ValueError, TypeError):
+        found = []
+    if not found:
         raise InputError(
-            f"seed={v!r}: must be numbers such as 0,1,2 or a range such as 0:5 (five "
+            f"{name}={v!r}: must be numbers such as 0,1,2 or a range such as 0:5 (five "
             "seeds)."
-        ) from None
+        )
+    return found
 
 # %% ../nbs/44_compare.ipynb #9f30a367
 def plan(

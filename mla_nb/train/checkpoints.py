@@ -516,11 +516,15 @@ def explain_failure(
                 f"{c.filename or cfg.folder} cannot be written: {c.strerror}; change "
                 f"its permissions, or choose another root; {again}."
             )
+        if "DataLoader worker" in text and "signal: Terminated" in text:
+            # whoever ends a group of processes ends the workers, too
+            return Stopped(signal.SIGTERM, f"stopped within an epoch; {again}")
         if "DataLoader worker" in text:
+            fewer = "" if cfg.workers is None else f" than {cfg.workers}"
             return InputError(
                 "a process that prepares batches has died "
                 f"({text.splitlines()[0][:120]}); it may have been killed for want of "
-                f"memory: try fewer workers than {cfg.workers}; {again}."
+                f"memory: try fewer workers{fewer}; {again}."
             )
     return e
 
