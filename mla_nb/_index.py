@@ -139,7 +139,9 @@ INDEX = {
         "features": [
             "audio",
             "image",
+            "series",
             "text",
+            "vector",
             "video"
         ],
         "hf": [
@@ -161,12 +163,17 @@ INDEX = {
         "small": [
             "audio",
             "image",
+            "series",
             "text",
+            "vector",
             "video"
         ],
         "timm": [
             "image",
             "video"
+        ],
+        "transformer": [
+            "series"
         ]
     },
     "rules": [

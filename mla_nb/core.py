@@ -87,6 +87,8 @@ FORMS = {
     "image": ("image", "vector"),
     "video": ("frames", "vector"),
     "text": ("text", "vector"),
+    "series": ("series", "vector"),
+    "vector": ("row", "vector"),
 }
 
 
@@ -94,8 +96,8 @@ FORMS = {
 class Modality:
     "What the items of one modality are"
 
-    kind: str  # 'audio', 'image', 'video' or 'text'
-    form: str  # 'wave', 'features', 'image', 'frames', 'text' or 'vector'
+    kind: str  # 'audio', 'image', 'video', 'text', 'series' or 'vector'
+    form: str  # of `FORMS[kind]`; 'vector' are extracted features of any kind
     info: dict = field(default_factory=dict)  # rate in Hz, feature parameters, …
 
     def __post_init__(self):

@@ -86,6 +86,16 @@ class Whole(nn.Module):
         return fuse(logits, w), logits.transpose(0, 1), w.T.to(logits.dtype)
 
 # %% ../nbs/47_export.ipynb #e5f4358c
+def _made_up_row(categories, g):
+    "A number, or one of its names, for each column of a vector"
+    return [
+        c[int(torch.randint(len(c), (), generator=g))]
+        if c
+        else float(torch.randn((), generator=g))
+        for c in categories
+    ]
+
+
 def example(
     p: Classifier,
     n: int = 3,  # rows
@@ -97,6 +107,8 @@ def example(
     def item(m, mod):
         if mod.form == "text":
             return "some words, and some more"
+        if mod.form == "row":
+            return _made_up_row(p.net.encoders[m].preprocessor.categories, g)
         shape = p.about.get("items", {}).get(m) or mod.info.get("shape")
         if not shape:
             raise InputError(

@@ -278,8 +278,27 @@ def draw_item(ax, item, mod: Modality):
     ax.set_yticks([])
     if item is None:
         ax.text(0.5, 0.5, "absent", ha="center", va="center", transform=ax.transAxes)
-    elif mod.form == "vector":
+    elif mod.form in ("vector", "series"):
         ax.plot(torch.as_tensor(item).tolist(), lw=0.6)
+    elif mod.form == "row":
+        shown = [
+            "?"
+            if v is None
+            else f"{v:.5g}"
+            if v == v and isinstance(v, float)
+            else str(v)
+            for v in item
+        ]
+        ax.text(
+            0.5,
+            0.5,
+            "\n".join(shown),
+            ha="center",
+            va="center",
+            fontsize=8,
+            transform=ax.transAxes,
+        )
+        ax.set_axis_off()
     elif mod.kind == "text":
         ax.text(
             0.5,

@@ -114,6 +114,8 @@ def plain_item(
         raise InputError(
             f"{m}: this dataset has no spans and crops; give a path or an array."
         )
+    if mod.form in ("series", "row"):
+        return source
     if mod.form == "wave":
         return (
             load_wave(source, mod.info.get("rate", 16000))[0]
@@ -226,6 +228,10 @@ def read_item(
     mod = Modality(**about["modalities"][m])
     shape = about.get("items", {}).get(m) or mod.info.get("shape")
     what = _where(m, source)
+    if mod.form in ("series", "row"):  # the net's preprocessors check what they get
+        spec = datasets.get(about["run"]["dataset"])
+        reader = (spec and spec.reader) or plain_item
+        return reader(m, what, about.get("dataset", {}), mod, key)
     if isinstance(source, dict) and len(source) == 1:
         source = what
     if mod.form == "text" and not isinstance(what, (str, Path)):
@@ -647,7 +653,8 @@ def name_of(sample: dict, i: int = 0) -> str:
         str(w)
         for m, v in sample.items()
         for w in [_where(m, v)]
-        if isinstance(w, Path) or isinstance(w, str) and m != "text"
+        if isinstance(w, Path)
+        or (isinstance(w, str) and m != "text" and Path(w).suffix[1:].isalnum())
     ]
     return Path(files[0]).stem if files else f"sample {i}"
 

@@ -7,6 +7,7 @@ __all__ = ['read_requests', 'predict_rows', 'flat', 'fingerprint', 'known_ids', 
 
 # %% ../nbs/46_predict_table.ipynb #a72d69b9
 import csv
+import difflib
 import hashlib
 import io
 import json
@@ -16,53 +17,41 @@ from pathlib import Path
 
 import torch
 
+from .data.own import read_cells
 from .predict import Classifier, Explanation, as_dict, name_of
 from .runs.config import Run
 from .runs.run import data_checksum, make_dataset
 from .tools import InputError, read_json, unknown, write_atomic
 
 # %% ../nbs/46_predict_table.ipynb #b7f7e17f
-def _table(path):
-    "(line, {column: cell}) of a CSV with commas, semicolons or tabs"
+def _table(path, known=()):
+    "(line, {column: cell}); columns by their known names, what is empty as ''"
     if not path.is_file():
         raise InputError(f"{path}: there is no such table; give a CSV with a header.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(
-            f"{path}: is not UTF-8; save the table as CSV in UTF-8."
-        ) from None
-    lines = csv.reader(
-        io.StringIO(text, newline=""),
-        delimiter=max(",;\t", key=text.split("\n", 1)[0].count),
-        strict=True,
-    )
-    try:
-        head, *rest = [
-            (lines.line_num, r) for r in lines if any(c.strip() for c in r)
-        ] or [(0, [])]
-    except csv.Error as e:
-        raise InputError(
-            f"{path}, line {lines.line_num}: not a line of a table ({e}); look for a "
-            "quote that is never closed."
-        ) from None
-    head = [h.strip().lower() for h in head[1]]
-    if not rest:
+    names, lines = {c.lower(): c for c in known}, read_cells(path)
+    if not lines:
         raise InputError(
             f"{path}: the table is empty; expected a header and one sample per line."
         )
-    if len(set(head)) < len(head):
-        raise InputError(
-            f"{path}: the column {next(h for h in head if head.count(h) > 1)!r} is "
-            "there more than once."
-        )
-    for k, r in rest:
-        if len(r) != len(head):
-            raise InputError(
-                f"{path}, line {k}: {len(r)} cells, but the header names {len(head)}; "
-                "put quotes around text that holds the separator."
-            )
-    return [(k, dict(zip(head, (c.strip() for c in r)))) for k, r in rest]
+    return [
+        (k, {names.get(c.lower(), c): _said(v) for c, v in r.items()}) for k, r in lines
+    ]
+
+
+def _said(v):
+    "A cell as text; lists stay, and what is empty is ''"
+    return "" if v is None else v if isinstance(v, list) else str(v)
+
+
+def _not_asked(path, columns, known):
+    "Name the columns that no modality reads; what is almost a known name is refused"
+    odd = [c for c in columns if c not in known]
+    missing = [c for c in known if c not in columns and c not in ("split", "group")]
+    for c in odd:
+        if difflib.get_close_matches(c.lower(), missing, 1, 0.7):
+            raise unknown(f"column ({path})", c, known)
+    if odd:
+        print(f"{path}: not used: {', '.join(odd)}")
 
 # %% ../nbs/46_predict_table.ipynb #49fb8c44
 def _request(path, k, n, cells, mods):
@@ -72,11 +61,8 @@ def _request(path, k, n, cells, mods):
             f"{path}, line {k}: there is no id; fill in all of that column, or remove "
             "it."
         )
-    sources = {
-        m: cells[m] if mod.kind == "text" else str(path.parent / cells[m])
-        for m, mod in mods.items()
-        if cells.get(m)
-    }
+    sources = {m: _source(path, m, mod, cells) for m, mod in mods.items()}
+    sources = {m: v for m, v in sources.items() if v}
     if cells.get("text_file"):
         sources["text"] = path.parent / cells["text_file"]
     return {
@@ -87,6 +73,22 @@ def _request(path, k, n, cells, mods):
         "sources": sources,
     }
 
+
+def _source(path, m, mod, cells):
+    "What a row says about a modality: a text, values, or a file; None for nothing"
+    names = mod.info.get("columns", [m])
+    if m in cells or mod.kind != "vector":
+        names = [m] if m in cells else names
+    given = [cells.get(c, "") for c in names]
+    if not any(given):
+        return None
+    if isinstance(given[0], list):
+        return given[0]
+    if mod.kind == "vector":
+        return given[0] if given[0][:1] == "[" else [v or None for v in given]
+    words = mod.kind == "text" or given[0][:1] == "["
+    return given[0] if words else str(path.parent / given[0])
+
 # %% ../nbs/46_predict_table.ipynb #08cde616
 def read_requests(
     path,  # a CSV with a header
@@ -95,12 +97,11 @@ def read_requests(
 ) -> list:  # dict(id, key, label, named, sources, note) each
     "A table of files to ask about, checked"
     path, text_file = Path(path), ["text_file"] if "text" in mods else []
-    known = ["id", "label", *mods, *text_file, "split", "group"]
-    lines = _table(path)
-    for c in lines[0][1]:
-        if c not in known:
-            raise unknown(f"column ({path})", c, known)
-    if not set(lines[0][1]) & {*mods, "text_file"}:
+    columns = {c for mod in mods.values() for c in mod.info.get("columns", ())}
+    known = ["id", "label", *mods, *text_file, "split", "group", *sorted(columns)]
+    lines = _table(path, known)
+    _not_asked(path, lines[0][1], known)
+    if not set(lines[0][1]) & {*mods, "text_file", *columns}:
         raise InputError(
             f"{path}: there is no column for any of {', '.join(mods)}; add one."
         )
@@ -202,7 +203,7 @@ def fingerprint(p: Classifier) -> str:
 # %% ../nbs/46_predict_table.ipynb #3df63656
 def _stamp(v, mod):
     "A text, or the version of a file: a repaired file is another question"
-    if mod.kind == "text" and isinstance(v, str):
+    if mod.kind == "text" and isinstance(v, str) or isinstance(v, list):
         return v
     try:
         s = os.stat(v)

@@ -102,6 +102,8 @@ def _items(kind, form):
         "text": lambda: sentences(state, rng),
         "frames": lambda: [torch.from_numpy(faces(state[:3], rng)) for _ in range(6)],
         "vector": lambda: list(torch.randn(6, 12)),
+        "series": lambda: [torch.randn(5 + 3 * k, 2) for k in range(6)],
+        "row": lambda: [[k if k % 4 else None, "ab"[k % 2]] for k in range(6)],
     }[form]()
 
 
@@ -110,6 +112,8 @@ FORMS = {
     "image": ("image",),
     "video": ("frames",),
     "text": ("text",),
+    "series": ("series",),
+    "vector": ("row",),
 }
 HUB = {
     "hf_audio",

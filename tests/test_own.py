@@ -232,10 +232,6 @@ def set_all(key, value):
 
 
 BAD = {
-    "unknown column": (
-        lambda rows: [{**r, "sound": ""} for r in rows],
-        "unknown column .*'sound'",
-    ),
     "typo": (
         lambda rows: [
             {"audo" if k == "audio" else k: v for k, v in r.items()} for r in rows

@@ -52,7 +52,7 @@ from mla_nb.data.prepared import (
     unpack,
 )
 from ..signals import excerpt, fbank, log_mel, log_spectrogram, tile
-from ..tools import read_json
+from ..tools import read_json, valid_text
 
 # %% ../../nbs/24_files.ipynb #2993676a
 def write_video(
@@ -508,9 +508,11 @@ def read_media(
             notes.append("image: has one color")
         out["image"] = encode_image(picture, "JPEG")
     if row.get("text_file"):
-        out["text"] = " ".join(read_text(row["text_file"]).split())
-    elif row.get("text") is not None:
-        out["text"] = row["text"]
+        text = " ".join(read_text(row["text_file"]).split())
+    else:
+        text = row.get("text") or ""
+    if text.strip():
+        out["text"] = valid_text(text)  # an empty text is an absent one
     return out | ({"notes": notes} if notes else {})
 
 
@@ -758,28 +760,32 @@ def share_out(
     bags = defaultdict(list)
     for r in rows:
         bags[r[group] if group else r["y"]].append(r["id"])
-    cuts = np.cumsum(shares)[:-1]
+    if group and len(bags) < len(shares):
+        raise InputError(
+            f"{len(bags)} groups ({', '.join(map(str, sorted(bags)))}) cannot be split "
+            f"into {len(shares)} parts that share none; at least {len(shares)} groups "
+            "are needed: split at random, or mark the splits yourself."
+        )
     if group:
         keys = rng.permutation(sorted(bags))
-        part = {
-            i: k
-            for k, some in enumerate(
-                np.split(keys, np.round(cuts * len(keys)).astype(int))
-            )
-            for key in some
-            for i in bags[key]
-        }
+        for k, some in enumerate(_cut(keys, shares, len(shares))):
+            part |= {i: k for key in some for i in bags[key]}
     else:
         for key in sorted(bags):
             ids = rng.permutation(sorted(bags[key]))
-            part |= {
-                i: k
-                for k, some in enumerate(
-                    np.split(ids, np.round(cuts * len(ids)).astype(int))
-                )
-                for i in some
-            }
+            for k, some in enumerate(_cut(ids, shares, 5)):
+                part |= dict.fromkeys(some, k)
     return [[r for r in rows if part[r["id"]] == k] for k in range(len(shares))]
+
+
+def _cut(items, shares, least):
+    "Consecutive pieces; each holds an item where there are `least` items or more"
+    ends = np.round(np.cumsum(shares) * len(items)).astype(int)
+    sizes = np.diff(ends, prepend=0)
+    while len(items) >= least and not sizes.all():
+        sizes[sizes.argmin()] += 1
+        sizes[sizes.argmax()] -= 1
+    return np.split(items, np.cumsum(sizes)[:-1])
 
 # %% ../../nbs/24_files.ipynb #5dfaa3b6
 def media_folder(name: str, data="data", variant: str = "") -> Path:
@@ -796,7 +802,7 @@ def prepare_media(
     name: str,
     classes: list,
     splits: dict,  # split -> rows
-    names,  # modalities
+    names,  # of modalities; with `read`: name -> Modality
     o: dict,  # from `media_options`
     source: dict,  # where it came from
     data="data",
@@ -806,6 +812,7 @@ def prepare_media(
     force: bool = False,
     progress: bool = True,
     shard: int = 250,
+    read=None,  # (row, o) -> a sample; None: `read_media`
 ) -> Path:
     "Rows -> a prepared dataset and a summary; unreadable samples are left out, listed"
     rows = check_rows(sum(splits.values(), []), name)
@@ -827,9 +834,9 @@ def prepare_media(
         out or media_folder(name, data, variant),
         name,
         classes,
-        media_modalities(names, o),
+        names if read else media_modalities(names, o),
         splits,
-        partial(read_media, o=o),
+        partial(read or read_media, o=o),
         dict(source, sha256=_rows_sha(splits)),
         o,
         shard,
@@ -848,11 +855,15 @@ def _rows_sha(splits):
     import hashlib
 
     named = [
-        (s, r["id"], r["y"], r.get("text") or "")
-        for s, rows in splits.items()
-        for r in rows
+        (s, r["id"], r["y"], *_told(r)) for s, rows in splits.items() for r in rows
     ]
     return hashlib.sha256(json.dumps(sorted(named)).encode()).hexdigest()
+
+
+def _told(row):
+    "The text of a row, and lists of numbers that stand in the table itself"
+    lists = [(k, v) for k, v in sorted(row.items()) if isinstance(v, list)]
+    return (row.get("text") or "", *([json.dumps(lists)] if lists else []))
 
 # %% ../../nbs/24_files.ipynb #68d796aa
 def summary(folder) -> str:
@@ -1134,7 +1145,9 @@ def media_item(
                 "crop": crop,
             },
             o,
-        )[m]
+        ).get(m)
+    if made is None:
+        raise InputError(f"{m}: the text is empty; leave it out.")
     return unpack(pack(made, mod), mod, str(what))
 
 

@@ -43,6 +43,8 @@ def columns(
         "image": hf.Value("binary"),
         "frames": hf.List(hf.Value("binary")),
         "text": hf.Value("string"),
+        "series": hf.Value("binary"),
+        "row": hf.Value("string"),
     }
     return hf.Features(
         id=hf.Value("string"),
@@ -52,12 +54,14 @@ def columns(
 
 
 def pack(item, mod: Modality):
-    "A raw item as it is stored: arrays become float16 bytes, everything else stays"
-    return (
-        np.asarray(item, dtype="f2").tobytes()
-        if mod.form in ("features", "vector") and item is not None
-        else item
-    )
+    "A raw item as it is stored: arrays become bytes, rows JSON, everything else stays"
+    if item is None:
+        return None
+    if mod.form in ("features", "vector"):
+        return np.asarray(item, dtype="f2").tobytes()
+    if mod.form == "series":  # as exact as sensors are, whatever their unit
+        return np.asarray(item, dtype="f4").tobytes()
+    return json.dumps(item) if mod.form == "row" else item
 
 
 def unpack(item, mod: Modality, name: str = ""):
@@ -67,6 +71,11 @@ def unpack(item, mod: Modality, name: str = ""):
     if mod.form in ("features", "vector"):
         halves = torch.frombuffer(bytearray(item), dtype=torch.half)
         return halves.float().view(*mod.info["shape"])
+    if mod.form == "series":
+        values = torch.frombuffer(bytearray(item), dtype=torch.float)
+        return values.view(-1, mod.info["channels"])
+    if mod.form == "row":
+        return json.loads(item)
     if mod.form == "image":
         return decode_image(item, name)
     pick = PICKS[mod.info.get("pick", "middles")]
@@ -106,7 +115,10 @@ def write_shard(
     schema, rows, bad = columns(modalities, classes).arrow_schema, [], []
     for s in sources:
         try:
-            rows.append(read(s))
+            r = read(s)
+            if all(r.get(m) is None for m in modalities):
+                raise InputError(f"{r['id']}: holds none of {', '.join(modalities)}.")
+            rows.append(r)
         except InputError as e:
             if not skip:
                 raise

@@ -457,8 +457,7 @@ class HubTokens(Tokens):
     def fit(self, items, limit: int = 128) -> "HubTokens":
         "Long enough for 95% of the texts, up to `limit` tokens"
         self.length, self._tok = limit, None
-        encoded = self.tok.encode_batch(list(items))
-        lengths = torch.tensor([len(e.ids) for e in encoded]).float()
+        lengths = torch.tensor([len(e.ids) for e in self.encoded(items)]).float()
         self.length, self._tok = min(limit, max(4, int(lengths.quantile(0.95)))), None
         return self
 
@@ -466,7 +465,7 @@ class HubTokens(Tokens):
         "Texts as {'ids','mask'}, (B,length) each"
         ids = torch.full((len(items), self.length), self.pad)
         mask = torch.zeros(len(items), self.length, dtype=torch.bool)
-        for i, e in enumerate(self.tok.encode_batch(list(items))):
+        for i, e in enumerate(self.encoded(items)):
             ids[i, : len(e.ids)] = torch.tensor(e.ids, dtype=torch.long)
             mask[i, : max(1, len(e.ids))] = True  # an empty text is one padding token
         return {"ids": ids, "mask": mask}
@@ -486,6 +485,12 @@ def hub_tokens(folder, cfg, texts) -> HubTokens:
     tok = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
+    if not hasattr(tok, "backend_tokenizer"):
+        raise InputError(
+            f"{folder}: its {type(tok).__name__} is written in Python, and a run "
+            "stores only tokenizers of the library tokenizers; choose a model whose "
+            "folder has a tokenizer.json."
+        )
     pad = tok.pad_token_id if tok.pad_token_id is not None else 0
     places = (getattr(cfg, "max_position_embeddings", None) or 10**6) - (
         pad + 1 if "roberta" in cfg.model_type else 0

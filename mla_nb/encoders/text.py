@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core import Modality, encoders
 from .base import Encoder, Preprocessor
+from ..tools import valid_text
 
 # %% ../../nbs/05_text.ipynb #85a473fe
 def train_tokenizer(
@@ -28,7 +29,7 @@ def train_tokenizer(
         special_tokens=["[PAD]", "[UNK]", "[CLS]"],
         show_progress=False,
     )
-    tok.train_from_iterator(texts, trainer)
+    tok.train_from_iterator(map(valid_text, texts), trainer)
     return tok.to_str()
 
 # %% ../../nbs/05_text.ipynb #38e57b40
@@ -56,10 +57,13 @@ class Tokens(Preprocessor):
     def fit(self, items, vocab: int = 2000) -> "Tokens":
         "Train the tokenizer; `length` fits 95% of the texts, up to 128 tokens"
         self.tokenizer, self._tok = train_tokenizer(items, vocab), None
-        encoded = self.tok.encode_batch(list(items))
-        lengths = torch.tensor([len(e) for e in encoded]).float()
+        lengths = torch.tensor([len(e) for e in self.encoded(items)]).float()
         self.length = int(min(128, max(4, lengths.quantile(0.95) + 1)))
         return self
+
+    def encoded(self, items) -> list:
+        "What the tokenizer makes of texts; half a character becomes U+FFFD"
+        return self.tok.encode_batch([valid_text(t) for t in items])
 
     def encode(self, item) -> dict:
         "One text as {'ids','mask'}, (length,) each"
@@ -68,7 +72,7 @@ class Tokens(Preprocessor):
     def forward(self, items) -> dict:
         "Texts as {'ids','mask'}, (B,length) each"
         ids = torch.zeros(len(items), self.length, dtype=torch.long)
-        for row, e in zip(ids, self.tok.encode_batch(list(items))):
+        for row, e in zip(ids, self.encoded(items)):
             seen = e.ids[: self.length] or [1]  # an empty text is one unknown token
             row[: len(seen)] = torch.tensor(seen)
         return {"ids": ids, "mask": ids != 0}
