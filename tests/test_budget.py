@@ -20,7 +20,7 @@ CHAPTERS = sorted(
 LEAST = {"cells": 20, "plots": 2, "asserted": 0.6, "demonstrated": 1.0}
 MOST = {"cells": 60, "median": 4, "longest": 15, "function": 30}
 EXCEPTIONS = {  # chapter -> limit -> (how far it may be broken, why); it only shrinks
-    "42": {
+    "44": {
         "plots": (1, "a chapter about names and checks has one picture to show"),
     },
 }

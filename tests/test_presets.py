@@ -18,11 +18,11 @@ from mla_nb.runs.run import build, make_dataset, run, settled
 
 discover()
 CHAPTERS = {
-    "cremad": "33_cremad",
-    "food101": "34_food101",
-    "mvsa": "35_mvsa",
-    "iemocap": "36_iemocap",
-    "kinetics": "37_own",
+    "cremad": "35_cremad",
+    "food101": "36_food101",
+    "mvsa": "37_mvsa",
+    "iemocap": "38_iemocap",
+    "kinetics": "39_own",
 }
 
 

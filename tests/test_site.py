@@ -114,7 +114,7 @@ def test_publish_puts_badges_and_an_install_cell_into_every_chapter(tmp_path):
         (shutil.copytree if (ROOT / n).is_dir() else shutil.copy)(
             ROOT / n, tmp_path / n
         )
-    for n in ("10_fusion", "32_digits"):
+    for n in ("10_fusion", "34_digits"):
         (tmp_path / f"nbs/{n}").parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / f"nbs/{n}.ipynb", tmp_path / f"nbs/{n}.ipynb")
 

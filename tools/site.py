@@ -30,10 +30,10 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 PARTS = [
     ("I. The method in an evening", range(0, 12)),
     ("II. Rivals and yardsticks", range(12, 23)),
-    ("III. Real encoders, real data", range(23, 38)),
-    ("IV. Experiments that survive", range(38, 51)),
-    ("V. Findings", range(51, 52)),
-    ("Reference", range(52, 53)),
+    ("III. Real encoders, real data", range(23, 40)),
+    ("IV. Experiments that survive", range(40, 54)),
+    ("V. Findings", range(54, 55)),
+    ("Reference", range(55, 56)),
 ]
 
 

@@ -42,7 +42,7 @@ class Turn:
 
     batch: Batch  # the rows of this process, on the net's device
     net: Net  # encoders and head
-    runtime: object = None  # knows other processes (chapter 39); None: there are none
+    runtime: object = None  # knows other processes (chapter 41); None: there are none
     rows: Batch | None = None  # labels, flags and numbers of the rows of all processes
     epoch: int = 0  # from 0
     step: int = 0  # number of the batch within the epoch, from 0
