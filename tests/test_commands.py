@@ -203,7 +203,8 @@ def ours(program, args):
     given = command.make_context(args[0], list(args[1:]), resilient_parsing=False)
     fields = {k: v for k, v in given.params.items() if v is not None}
     if args[0] == "train":
-        return Run(**{k: v for k, v in fields.items() if k in Run.model_fields})
+        fields = {k: v for k, v in fields.items() if k in Run.model_fields}
+        return Run(**cli.dataset_fields(fields))
     return fields
 
 

@@ -375,7 +375,10 @@ WRONG = [
         ["--dataset_args", "preset=balance"],
         "unknown preset 'balance': did you mean 'balanced'?",
     ),
-    (["--dataset_args", "nois=1"], "unknown option of synthetic 'nois': did you mean 'noise'?"),
+    (
+        ["--dataset_args", "nois=1"],
+        "unknown option of synthetic 'nois': did you mean 'noise'?",
+    ),
     (["--dataset_args", "n_test=0"], "n_test=0: must be a whole number, at least 1"),
     (["--dataset_args", "n_train=abc"], "n_train='abc': must be a whole number"),
     (["--dataset_args", "size=-3"], "size=-3: must be a whole number, at least 16"),
