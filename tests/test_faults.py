@@ -1076,6 +1076,7 @@ def test_a_worker_that_is_really_killed(whole, tmp_path):
                         continue
                     if mine:
                         os.kill(int(p.name), signal.SIGKILL)
+                        return  # the second one ends with the loader
 
     cfg = whole.replace(root=str(tmp_path), workers=2)
     with (
