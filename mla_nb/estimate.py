@@ -6,7 +6,7 @@
 __all__ = ['StepClock', 'measured', 'estimate', 'estimate_text']
 
 # %% ../nbs/reference/44_estimate.ipynb #5e571aa1
-# How long a grid takes, and how much disk: from chapter 49.
+# How long a grid takes, and how much disk: from chapter 52.
 
 # %% ../nbs/52_command.ipynb #ed957593
 import shutil

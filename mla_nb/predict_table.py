@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from .data.media import read_text
 from .data.own import read_cells
 from .predict import Classifier, Explanation, as_dict, name_of
 from .runs.config import Run
@@ -151,15 +152,18 @@ def predict_rows(
 
 def _read_row(p, r) -> dict:
     "The items of a row; a blank text is absent"
-    x = p.read(r["sources"], r["key"]) if r["sources"] else {}
-    x = {m: None if _blank(v) else v for m, v in x.items()}
+    texts = {m for m, mod in p.modalities.items() if mod.kind == "text"}
+    given = {m: v for m, v in r["sources"].items() if not (m in texts and _blank(v))}
+    x = p.read(given, r["key"]) if given else {}
     if all(v is None for v in x.values()):
         raise InputError(f"the row has none of {', '.join(p.modalities)}.")
     return x
 
 
 def _blank(v) -> bool:
-    "Is it a text without a letter?"
+    "Is it a text without a letter, or a small file of such a text?"
+    if isinstance(v, Path) and v.is_file() and v.stat().st_size < 100:
+        v = read_text(v)  # what is no text is longer
     return isinstance(v, str) and not v.replace("\ufeff", "").strip()
 
 # %% ../nbs/49_predict_table.ipynb #8ad8eac5

@@ -243,7 +243,7 @@ def test_the_table_holds_scores_intervals_rates_and_costs(root):
     d = bootstrap_mean(right, shared=True, n=1000)
     text = " ".join(f"{100 * d[k]:.1f}" for k in ("mean", "low", "high"))
     assert "| mla | 2 | 0.1 | {} ({}–{}) |".format(*text.split()) in said
-    assert "| mla | 0.50 | 0.0 | 100 | 1,000 |" in said
+    assert "| mla | cpu | 0.50 | 2 s | 100 | 1,000 |" in said
     assert "| mla | concat | +" in said and "n = 2)" in said
 
 

@@ -372,8 +372,8 @@ WRONG = [
     (["--lr", "-0.1"], "lr=-0.1: must be a number above 0"),
     (["--epoch", "3"], "unknown option '--epoch': did you mean '--epochs'?"),
     (
-        ["--dataset_args", "preset=balance"],
-        "unknown preset 'balance': did you mean 'balanced'?",
+        ["--dataset_args", "family=balance"],
+        "unknown family 'balance': did you mean 'balanced'?",
     ),
     (
         ["--dataset_args", "nois=1"],
