@@ -62,7 +62,7 @@ TRAIN := $(if $(LR),-p lr $(LR)) $(if $(BATCH),-p batch_size $(BATCH))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help setup paper prepare-paper lint format demo features prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test soak solutions browser site lab chapter export clean readme check-python lock benchmark results
+.PHONY: help setup paper check-paper prepare-paper lint format demo features prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test soak solutions browser site lab chapter export clean readme check-python lock benchmark results
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -95,13 +95,16 @@ PAPER   := runs/paper/$(DATASET)-$(PRESET)$(if $(filter features,$(ENCODER)),-fe
 KEEP    := $(if $(filter features,$(ENCODER)),,$(if $(ROOT),$(filter paper,$(PRESET))))
 WHAT    := $(or $(DATASET_ARGS),$(if $(KEEP),variant=$(KEEP)))
 WHICH   := $(if $(filter-out file,$(origin METHODS)),$(METHODS),all)
-paper: $(if $(filter features,$(ENCODER)),features,$(if $(filter $(DATASET),$(MEDIA)),prepare-paper,prepare-$(DATASET))) ## every method, rate and seed on a dataset, ending in a report: make paper DATASET=cremad ROOT=CREMA-D [SPLIT=...] [METHODS=concat,mla] [SEEDS=0:2]
-	$(BIN)/mla grid --dataset '$(DATASET)$(if $(WHAT),($(WHAT)))' --preset $(PRESET) \
+GRID     = $(BIN)/mla grid --dataset '$(DATASET)$(if $(WHAT),($(WHAT)))' --preset $(PRESET) \
 	  --method '$(subst $(space),$(comma),$(strip $(WHICH)))' --seed $(SEEDS) --lr $(RATES) --tune_seed $(TUNING) --root $(PAPER) \
 	  $(call given,EPOCHS,epochs) $(call given,ENCODER,encoder) $(call given,MEASURE,measure) $(call given,JOBS,jobs) \
 	  $(or $(call given,BATCH,batch_size),$(if $(MADE),--batch_size 16))
+paper: check-paper $(if $(filter features,$(ENCODER)),features,$(if $(filter $(DATASET),$(MEDIA)),prepare-paper,prepare-$(DATASET))) ## every method, rate and seed on a dataset, ending in a report: make paper DATASET=cremad ROOT=CREMA-D [SPLIT=...] [METHODS=concat,mla] [SEEDS=0:2]
+	$(GRID)
 	$(BIN)/python tools/nbs.py papermill --log-level WARNING nbs/experiments/compare.ipynb $(PAPER)/compare.ipynb -k python3 -p root $(PAPER)
 	@echo; echo "the report: $(PAPER)/compare.ipynb"
+check-paper: $(READY)      # a mistyped name is told before an hour of preparation
+	@$(GRID) --check
 prepare-paper: $(READY)
 	$(BIN)/python data_scripts/prepare_$(DATASET).py --preset $(PRESET) $(if $(KEEP),--variant $(KEEP)) \
 	  $(if $(ROOT),--root '$(ROOT)' $(if $(SPLIT),--split $(SPLIT)),--miniature)

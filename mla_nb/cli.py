@@ -359,6 +359,9 @@ def grid(
             "with --lr auto; 0: no estimate"
         ),
     ] = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="say what would be run, and run nothing")
+    ] = False,
     **fields,
 ):
     "Run datasets x methods x seeds; what is done is not done again."
@@ -393,6 +396,10 @@ def grid(
             f"seed {min(both)} stands in --seed and in --tune_seed; rates are chosen "
             "with seeds that the comparison does not use, e.g. --tune_seed 100:103."
         )
+    if check:
+        sweep = len(tuned["lrs"]) * len(tuned["seeds"]) * several
+        print(f"{len(runs)} runs; to choose each method's rate: {sweep} more for each")
+        return
     seconds = seconds or (60.0 if auto and not measure else 0.0)
     _report(*_tuned_grid(runs, tuned, jobs, scheduler, seconds))
 

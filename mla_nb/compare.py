@@ -629,6 +629,14 @@ def seed_list(
     return found
 
 # %% ../nbs/46_compare.ipynb #9f30a367
+def _modalities_of(cfg) -> list:
+    "The modalities of a dataset; as it declares them, if it is not prepared yet"
+    spec = datasets[cfg.dataset]
+    where = spec.folder and spec.folder(**{"data": cfg.data, **cfg.dataset_args})
+    there = not where or where.exists() or not spec.modalities
+    return list(make_dataset(cfg).modalities if there else spec.modalities)
+
+
 def plan(
     datasets,  # 'digits,synthetic(family=lazy)' or a list
     methods,  # 'mla,unimodal' or a list
@@ -643,7 +651,7 @@ def plan(
             make_dataset(base)  # has it these modalities?
         for m, args in map(with_options, split_list(methods)):
             each = (
-                [{"modality": k} for k in make_dataset(base).modalities]
+                [{"modality": k} for k in _modalities_of(base)]
                 if m == "unimodal" and not args
                 else [args]
             )

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from mla_nb import compare
+from mla_nb.cli import main
 from mla_nb.compare import protocol_text, rates_around, rates_chosen, tune
 from mla_nb.core import InputError, discover
 from mla_nb.estimate import estimate, estimate_text
@@ -163,6 +164,29 @@ def test_a_killed_grid_goes_on_and_says_that_it_is_short(tmp_path):
     assert "methods left out; 2 seeds instead of 5; tuned with 1 seed, not 3" in said
     assert "changed in the preset: epochs=1" in said
     assert "at least 5 learning rates were tried" in rates_chosen(tmp_path)
+
+
+def test_a_grid_is_checked_before_anything_is_prepared(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # CREMA-D is not prepared here
+    words = ["grid", "--dataset", "cremad", "--root", str(tmp_path / "runs"), "--check"]
+    main([*words, "--method", "unimodal,mla", "--seed", "0:2", "--lr", "auto"])
+    said = capsys.readouterr().out
+    assert "6 runs; to choose each method's rate: 15 more for each" in said
+    wrong = {
+        "--method": ("mal", "did you mean 'mla'"),
+        "--seed": ("5:0", "seed='5:0': must be numbers"),
+        "--tune_seed": ("x", "tune_seed='x'"),
+        "--jobs": ("-2", "must be numbers from 0 on"),
+        "--lr": (".1,abc", "or --lr auto"),
+    }
+    for option, (value, told) in wrong.items():
+        with pytest.raises(SystemExit) as e:
+            main([*words, option, value])
+        assert told in str(e.value), e.value
+    with pytest.raises(SystemExit) as e:
+        main([*words, "--lr", ".1,.2", "--seed", "0:2", "--tune_seed", "1"])
+    assert "seed 1 stands in --seed and in --tune_seed" in str(e.value)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_whole_protocol_is_called_so(tmp_path):
