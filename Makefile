@@ -72,7 +72,7 @@ check-python:
 
 $(DEPS): constraints.txt | check-python
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(UV) && $(BIN)/uv pip install -q --python $(BIN)/python -r constraints.txt \
+	$(BIN)/python -m pip install -q $(UV) && $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r constraints.txt \
 	  || $(BIN)/python -m pip install -q -r constraints.txt
 	touch $@
 $(READY): $(DEPS) setup.py settings.ini pyproject.toml
