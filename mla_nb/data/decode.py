@@ -120,7 +120,9 @@ def _as_seen(image):
     "What a viewer shows"
     from PIL import Image, ImageOps
 
-    form = image.format
+    form, told = image.format, {"exif", "xmp", "transparency"} & {*image.info}
+    if image.mode == "RGB" and form == "JPEG" and not told:
+        return image  # as prepared frames are
     if image.getexif().get(0x0112, 1) != 1:  # how the camera was held
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
