@@ -1089,6 +1089,23 @@ def test_a_worker_that_is_really_killed(whole, tmp_path):
     tally("device out of memory, worker killed, quota", same(cfg, whole))
 
 
+def test_a_signal_that_ends_the_workers_first_is_still_a_stop(whole, tmp_path):
+    class Ends(Callback):
+        order = 0
+
+        def after_batch(self, learn):
+            if (learn.epoch, learn.step) == (1, 0):
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    cfg = whole.replace(root=str(tmp_path))
+    with also(Ends()), pytest.raises(Stopped) as e:
+        run(cfg)
+    assert e.value.code == 143 and "the same command goes on" in str(e.value)
+    run(cfg)
+    assert same(cfg, whole)
+
+
 # two at once --------------------------------------------------------------------------
 
 

@@ -495,7 +495,8 @@ def run(
         with undisturbed():
             if is_main() and _holds_nothing(folder):
                 _forget(folder, was_there)  # nothing half-written
-            explained = explain_failure(e, cfg)
+            asked = [c.asked for c in learn.callbacks if isinstance(c, Stopper)]
+            explained = explain_failure(e, cfg, *asked)
         raise explained from e
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

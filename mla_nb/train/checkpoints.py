@@ -478,7 +478,8 @@ def causes(e):
 def explain_failure(
     e,  # what stopped a run
     cfg,  # of the run: its folder, batch_size, accumulation_steps and workers
-) -> Exception:  # one sentence, if something can be done; else the error itself
+    asked: int | None = None,  # the signal that has asked the run to stop
+):  # an exception of one sentence, if something can be done; else the error itself
     "What to do about a failure that is no mistake in the run"
     again = "what was saved is still there, and the same command goes on from it"
     half = max(1, cfg.batch_size // 2)
@@ -516,9 +517,8 @@ def explain_failure(
                 f"{c.filename or cfg.folder} cannot be written: {c.strerror}; change "
                 f"its permissions, or choose another root; {again}."
             )
-        if "DataLoader worker" in text and "signal: Terminated" in text:
-            # whoever ends a group of processes ends the workers, too
-            return Stopped(signal.SIGTERM, f"stopped within an epoch; {again}")
+        if "DataLoader worker" in text and asked:  # the signal ended workers, too
+            return Stopped(asked, f"stopped within an epoch; {again}")
         if "DataLoader worker" in text:
             fewer = "" if cfg.workers is None else f" than {cfg.workers}"
             return InputError(
