@@ -63,9 +63,21 @@ class Conventions:
         random_state: int | None = 0,  # seed; None: another one at each `fit`
         options: dict | None = None,  # other fields of `Run`
     ):
-        given = dict(locals())
-        for name in given.keys() - {"self"}:
-            setattr(self, name, given[name])
+        self.method = method
+        self.encoder = encoder
+        self.method_args = method_args
+        self.rule = rule
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.optimizer = optimizer
+        self.class_weights = class_weights
+        self.sampling = sampling
+        self.best_by = best_by
+        self.forms = forms
+        self.validation_fraction = validation_fraction
+        self.random_state = random_state
+        self.options = options
 
     def fit(self, X, y) -> "Conventions":
         "Train; what is learned is `classifier_`, a `Classifier`"

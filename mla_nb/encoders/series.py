@@ -14,6 +14,7 @@ from torch import nn
 
 from ..core import InputError, Modality, encoders, validate_option
 from .base import Encoder, Preprocessor
+from .text import transformer_blocks
 
 # %% ../../nbs/30_series.ipynb #b7b363c1
 def as_series(
@@ -159,16 +160,7 @@ class SeriesTransformer(Encoder):
         self.patch, self.tokens = patch, math.ceil(length / patch)
         self.proj = nn.Linear(channels * patch, width)
         self.positions = nn.Parameter(0.02 * torch.randn(self.tokens, width))
-        block = nn.TransformerEncoderLayer(
-            width,
-            heads,
-            2 * width,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
-        self.blocks = nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
+        self.blocks = transformer_blocks(width, depth, heads)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x):
