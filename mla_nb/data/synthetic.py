@@ -250,16 +250,42 @@ class Knobs:
     light: float = 0.3  # how uneven their light is
     noise: float = 0.06  # sd of their pixel noise
     words: int = 20  # size of each mood's lexicon
+    xor: float = 0.0  # share of samples whose mood only voice and face together show
 
     def table(self, m: str) -> np.ndarray:
         "P(state | class) of modality `m`"
         return likelihood(getattr(self, f"{m}_expressed"), getattr(self, f"{m}_blank"))
+
+    def shown(self, y, rng) -> dict:
+        "What each modality should show; of `xor` samples, voice + face = mood modulo 6"
+        if not self.xor:
+            return dict.fromkeys(HEARD, y)
+        apart = rng.random(len(y)) < self.xor
+        voice = np.where(apart, rng.integers(0, BLANK, len(y)), y)
+        face = np.where(apart, (y - voice) % BLANK, y)
+        return {"audio": voice, "visual": face, "text": y}
+
+    def tables(self, mods) -> list:
+        "P(states | class), one table per modality, or one for voice and face together"
+        single, mood = {m: self.table(m) for m in mods}, np.arange(BLANK)
+        both = [m for m in mods if m != "text"]
+        if not self.xor or not both:
+            return list(single.values())
+        voice, face = (single.get(m, np.ones((BLANK, 1))) for m in ("audio", "visual"))
+        same = voice[:, :, None] * face[:, None]
+        apart = np.mean(
+            [voice[[a], :, None] * face[(mood - a) % BLANK, None] for a in mood], 0
+        )
+        mixed = (1 - self.xor) * same + self.xor * apart
+        rest = [single["text"]] if "text" in mods else []
+        return [mixed.reshape(BLANK, -1), *rest]
 
 # %% ../../nbs/02_synthetic.ipynb #8d0b683d
 BALANCED = {f"{m}_expressed": 0.60 for m in HEARD} | {f"{m}_blank": 0.35 for m in HEARD}
 FAMILIES = {
     "lazy": Knobs(),
     "balanced": Knobs(**BALANCED, snr=-4.0, pose=0.4, noise=0.03, words=8),
+    "combined": Knobs(xor=0.5),
 }
 LIMITS = {  # of the others: from 0 to 1
     "snr": (-60, 60),
@@ -296,8 +322,7 @@ def turn_knobs(family: str, **knobs) -> Knobs:
 
 def bounds(k: Knobs) -> dict:  # 'audio+text' -> accuracy
     "The Bayes accuracy of every subset of modalities"
-    tables = {m: k.table(m) for m in HEARD}
-    return {"+".join(s): bayes_accuracy([tables[m] for m in s]) for s in subsets(HEARD)}
+    return {"+".join(s): bayes_accuracy(k.tables(s)) for s in subsets(HEARD)}
 
 # %% ../../nbs/02_synthetic.ipynb #8a2a98e7
 def plot_knobs(
@@ -393,7 +418,8 @@ def render(
 ) -> StateSamples:
     "One split, drawn and rendered"
     y = rng.integers(0, BLANK, n)
-    states = {m: draw_states(y, knobs.table(m), rng) for m in HEARD}
+    shown = knobs.shown(y, rng)
+    states = {m: draw_states(shown[m], knobs.table(m), rng) for m in HEARD}
     states = {m: s for m, s in states.items() if m in mods}
     x = {m: _items(m, s, knobs, rng) for m, s in states.items()}
     return StateSamples(x, y, states)
@@ -401,7 +427,7 @@ def render(
 # %% ../../nbs/02_synthetic.ipynb #1eb500e5
 @datasets.register(modalities=("audio", "visual", "text"), classes=tuple(MOODS))
 def synthetic(
-    family: str = "lazy",  # 'lazy' or 'balanced'
+    family: str = "lazy",  # 'lazy', 'balanced' or 'combined'
     seed: int = 0,  # another seed, other samples
     n_train: int = 1200,
     n_valid: int = 400,
@@ -428,6 +454,6 @@ def synthetic(
         render(n, k, kinds, np.random.default_rng([seed, i]))
         for i, n in enumerate(sizes.values())
     ]
-    bayes = {s: bayes_accuracy([k.table(m) for m in s]) for s in subsets(kinds)}
+    bayes = {s: bayes_accuracy(k.tables(s)) for s in subsets(kinds)}
     info = {"family": family, "seed": seed, **knobs}
     return Splits("synthetic", list(MOODS), kinds, *parts, bayes, info)

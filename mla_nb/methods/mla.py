@@ -8,12 +8,12 @@ __all__ = ['mla', 'mla_fixed', 'BatchGate', 'ZeroGradients', 'mla_released', 'ml
 # %% ../../nbs/11_mla.ipynb #409f0b2e
 import torch
 
-from ..core import Splits, call, methods, unknown, validate_option
+from ..core import InputError, Splits, call, methods, unknown, validate_option
 from ..heads import SharedHead
 from .base import GradTransform, Method, predictions, scores
 from .ensemble import alternating
 from .fusion import FixedWeights, make_rule, released_gate
-from .projection import GradProjection, ScaleHead
+from .projection import GradProjection, ScaleHead, UpdateProjection
 
 # %% ../../nbs/11_mla.ipynb #1e2cee37
 @methods
@@ -27,12 +27,19 @@ def mla(
     rescale: bool = False,  # projected gradient as long as the raw one (a control)
     head_step: float = 1.0,  # multiplies the head's gradient (a control); 0 freezes it
     rank: int = 0,  # of the projection, for wide features; 0: the whole matrix
+    on: str = "gradient",  # what is projected: 'gradient', or 'update' with momentum
 ) -> Method:
     "Turns, a shared head, a projected gradient, the entropy rule (arXiv 2311.10707)"
+    if on not in ("gradient", "update"):
+        raise unknown("on", on, ["gradient", "update"])
+    if on == "update" and (rescale or when != "project_first"):
+        raise InputError(
+            "on=update projects the step after it was taken, so it knows neither "
+            "rescale nor when=update_first; leave them out, or on=update."
+        )
+    made = GradProjection if on == "gradient" else UpdateProjection
     grad_transforms = (
-        [GradProjection(denominator, norm, when, rescale, rank=rank)]
-        if projection
-        else []
+        [made(denominator, norm, when, rescale, rank=rank)] if projection else []
     )
     if head_step != 1:
         grad_transforms.append(ScaleHead(head_step))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['update_projection', 'project', 'unit', 'remember', 'plot_projection', 'play_projection', 'update_factor',
-           'project_factor', 'epoch_lambda', 'GradProjection', 'check_projection', 'ScaleHead']
+           'project_factor', 'epoch_lambda', 'GradProjection', 'check_projection', 'UpdateProjection', 'ScaleHead']
 
 # %% ../../nbs/09_projection.ipynb #9a34b9ad
 from collections.abc import Callable
@@ -236,6 +236,13 @@ class _Memory(GradTransform):
                 self.P, r, lam, self.denominator, self.norm, self.P
             )
 
+    def begin(self, W):
+        "P = I at first, on the device of the weight `W`"
+        if self.P is None:
+            shape = (W.shape[1], 0) if self.rank else (W.shape[1], W.shape[1])
+            self.P = torch.eye(*shape, dtype=W.dtype, device=W.device)
+        self.P = self.P.to(W.device)
+
     def project(self, grad):
         "A gradient without what is remembered"
         return project_factor(grad, self.P) if self.rank else project(grad, self.P)
@@ -263,14 +270,7 @@ class GradProjection(_Memory):
     def after_backward(self, learn, turn):
         "Project the weight's gradient, and remember the turn"
         W = turn.net.head.out.weight
-        if self.P is None:
-            self.P = (
-                W.new_zeros(W.shape[1], 0)
-                if self.rank
-                else torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
-            )
-        if self.P.device != W.device:
-            self.P = self.P.to(W.device)
+        self.begin(W)
         self.turns += 1
         if self.turns <= self.skip:
             return
@@ -321,6 +321,23 @@ def check_projection(
     twin = GradProjection(**options)
     twin.load_state_dict(transform.state_dict())
     assert twin.P.equal(transform.P) and twin.turns == transform.turns
+
+# %% ../../nbs/09_projection.ipynb #c09c0042
+class UpdateProjection(GradProjection):
+    "Project the step of the shared head's weight, momentum included (not the gradient)"
+
+    def after_backward(self, learn, turn):
+        "Remember the weight before the step"
+        W = turn.net.head.out.weight
+        self.before = W.detach().clone()
+        self.begin(W)
+
+    @torch.no_grad()
+    def after_step(self, learn, turn):
+        "Take the step again, projected, and remember the turn"
+        W = turn.net.head.out.weight
+        W.copy_(self.before + self.project(W - self.before))
+        self.update(turn)
 
 # %% ../../nbs/09_projection.ipynb #d80acc9e
 class ScaleHead(GradTransform):
