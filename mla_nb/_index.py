@@ -126,6 +126,7 @@ INDEX = {
         "reconboost",
         "relearning",
         "sum",
+        "summed",
         "umt",
         "unimodal",
         "valuation"
@@ -177,10 +178,12 @@ INDEX = {
         ]
     },
     "rules": [
+        "best",
         "calibrated",
         "energy",
         "entropy",
         "fixed",
-        "mean"
+        "mean",
+        "probabilities"
     ]
 }

@@ -22,7 +22,7 @@ from torch import nn, tensor
 from .core import Batch
 from .data.synthetic import subsets
 from .heads import Head, Net
-from .methods.base import fuse, predict
+from .methods.base import fuse_by, predict
 from .predict import Classifier, exporters
 from .tools import InputError, write_atomic
 
@@ -83,7 +83,8 @@ class Whole(nn.Module):
         if self.rule is None:
             return by_subset(self.net.head, z, here), logits.transpose(0, 1)
         w = self.rule(logits, here)
-        return fuse(logits, w), logits.transpose(0, 1), w.T.to(logits.dtype)
+        fused = fuse_by(self.rule, logits, w)
+        return fused, logits.transpose(0, 1), w.T.to(logits.dtype)
 
 # %% ../nbs/50_export.ipynb #e5f4358c
 def _made_up_row(categories, g):

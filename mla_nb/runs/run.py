@@ -609,7 +609,7 @@ def _describe(folder, cfg, s, learn):
 def _finish(folder, cfg, s, learn):
     "Test the epoch that validation chose, once; then no checkpoint is needed"
     _load_best(folder, learn)
-    valid = learn.validate()  # fixed weights belong to this epoch
+    valid = learn.fit_rule()  # fixed weights belong to this epoch
     p = learn.predictions(learn.dls.test)
     right = _right_on_validation(learn)
     if not is_main():

@@ -34,8 +34,8 @@ from mla_nb.methods.base import (
     Method,
     Pred,
     Turn,
+    answered_by,
     class_scores,
-    fuse,
     predict,
     predictions,
     scores,
@@ -405,13 +405,26 @@ class Learner(TrainState):
         return other
 
     def validate(self) -> Pred:
-        "Predictions on validation; a rule with a method `fit` is fitted to them"
+        """Predictions on validation, which choose the epoch.
+
+        A rule with a method `fit` learns from every other sample and answers the rest.
+        """
+        p = self.predictions(self.dls.valid)
+        if not hasattr(self.rule, "fit"):
+            return p
+        taught, asked = p.idx % 2 == 0, p.idx % 2 == 1
+        if not (taught.any() and asked.any()):  # a single sample has no halves
+            taught = asked = taught | asked
+        self.method.rule = self.rule.fit(p.select_rows(taught))
+        return answered_by(self.method.rule, p.select_rows(asked))
+
+    def fit_rule(self) -> Pred:
+        "Predictions on validation, after a rule with a method `fit` learned from them"
         p = self.predictions(self.dls.valid)
         if not hasattr(self.rule, "fit"):
             return p
         self.method.rule = self.rule.fit(p)
-        weights = self.method.rule(p.logits, p.present)
-        return replace(p, weights=weights, fused=fuse(p.logits, weights))
+        return answered_by(self.method.rule, p)
 
 # %% ../../nbs/07_learner.ipynb #43b564b6
 class Diverged(InputError):
