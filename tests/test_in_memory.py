@@ -26,20 +26,19 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
-from mla_nb.core import (
-    InputError,
-    Modality,
+from mla_nb.core import InputError, Modality, discover, methods
+from mla_nb.data.arrays import (
     as_items,
     as_labels,
-    discover,
-    methods,
+    infer_modality,
     splits_from_arrays,
 )
 from mla_nb.estimator import MultimodalClassifier, held_out
 from mla_nb.heads import make_net
 from mla_nb.methods.base import Pred, class_scores, scores
-from mla_nb.predict import Classifier, as_columns, fit, load
+from mla_nb.predict import Classifier, as_columns, fit, load, sentences
 from mla_nb.runs.config import Run
+from mla_nb.runs.run import make_dataset, run
 from mla_nb.tools import set_seed
 from mla_nb.train.checkpoints import BestEpoch, Saver, epoch_rank
 from mla_nb.train.learner import Learner, Loaders, Shuffle, _toy
@@ -61,6 +60,7 @@ def case(name):
 def adapted(source):
     "A case of the first edition with the names of this one"
     for old, new in {
+        "mla_nb.core import splits_of": "mla_nb.data.arrays import splits_from_arrays",
         "splits_of": "splits_from_arrays",
         "from mla_nb.experiments import fit": "from mla_nb.predict import fit",
         "from mla_nb.learner import scores": "from mla_nb.methods.base import scores",
@@ -205,8 +205,9 @@ def test_columns_with_temperatures_are_saved_with_them(tmp_path):
     "x, said",
     [
         ({"a": [[1.0, 2.0], [1.0]]}, r"a: row 1 has shape \(1,\) and row 0 has \(2,\)"),
-        ({"a": [[1.0, math.nan], [1.0, 2.0]]}, "a, row 0 holds NaN"),
-        ({"a": [[1.0, 2.0], [1.0, math.inf]]}, "a, row 1 holds NaN or infinity"),
+        ({"a": [[math.nan, math.nan], [1.0, 2.0]]}, "a, row 0 holds NaN only"),
+        ({"a": [[1.0, 2.0], [1.0, math.inf]]}, "a, row 1: holds infinity"),
+        ({"a": np.array([[1.0, 2.0], [1.0, math.inf]])}, "a, row 1 holds infinity"),
         ({"a": [[1.0], [[1.0, 2.0], [3.0]]]}, "a, row 1 is no array of numbers"),
         ({"a": ["x", 5]}, "a, row 1 is int and not text"),
         ({"a": [[1.0], "x"]}, "a, row 1 is str and not an array"),
@@ -488,3 +489,189 @@ def test_waves_keep_their_rate_and_length():
     assert len(p.predict(voice=waves)) == 40
     s = splits_from_arrays({"voice": waves}, [k % 2 for k in range(40)], forms)
     assert {len(v) for v in s.train.x["voice"]} == {800, 850, 900}
+
+
+# What columns are: series, vectors, categories
+
+
+def waves(n, seed=0):
+    "Series of one class each, 20 to 40 moments of two channels"
+    g, out = np.random.default_rng(seed), []
+    for k in range(n):
+        t = np.arange(g.integers(20, 41))[:, None]
+        noise = g.normal(0, 0.3, (len(t), 2))
+        out.append(np.sin((0.3, 1.2)[k % 2] * t) + noise)
+    return out
+
+
+@pytest.mark.parametrize(
+    "items, kind, form",
+    [
+        ([3, None, 4.5], "vector", "row"),
+        ([True, False], "vector", "row"),
+        (list(torch.tensor([1.0, 2.0])), "vector", "row"),
+        ([None, [1, 2, 3], [4, 5, 6]], "vector", "row"),
+        (np.zeros((2, 768)), "vector", "row"),
+        ([[1.0, "oak"], [None, "elm"]], "vector", "row"),
+        (waves(4), "series", "series"),
+        (np.zeros((4, 128, 3)), "series", "series"),
+        ([v.tolist() for v in waves(4)], "series", "series"),
+        (np.zeros((4, 64, 94)), "audio", "features"),
+        (["a b", None], "text", "text"),
+    ],
+)
+def test_what_items_are_taken_for(items, kind, form):
+    mod = infer_modality("a", items)
+    assert (mod.kind, mod.form) == (kind, form)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        np.zeros((4, 4, 4)),  # four bands or four channels?
+        np.zeros((4, 3, 128)),  # channels first?
+        [np.zeros((3, 20)), np.zeros((3, 31))],
+        [np.zeros((9, 20)), np.zeros((12, 31))],
+        np.zeros((2, 16000)),  # a second of sound?
+        np.zeros((4, 2, 2, 2)),
+    ],
+)
+def test_what_can_be_several_things_is_refused_with_the_spelling(items):
+    with pytest.raises(InputError, match=r"say .*forms=dict\(a=") as e:
+        infer_modality("a", items)
+    assert str(e.value).count(". ") == 0 and str(e.value).endswith(".")
+
+
+def numbers_of(p, m):
+    "What the preprocessor of a modality was fitted to"
+    pre = p.net.encoders[m].preprocessor
+    return type(pre).__name__, [round(v, 3) for v in pre.mean.tolist()]
+
+
+def test_columns_of_numbers_are_standardized_and_their_gaps_flagged():
+    y = np.arange(80) % 2
+    v = np.column_stack([1000.0 * y, np.full(80, 7.0)])
+    v[::7, 1] = np.nan
+    frame = pd.DataFrame({"price": 100.0 + y, "wood": np.array(["oak", "elm"])[y]})
+    frame["wood"] = frame["wood"].astype("category")
+    frame["sold"] = y == 1
+    frame["v"] = list(v)
+    frame["wave"] = waves(80)
+    p = fit(frame, y, method="mla", verbose=False, **{**FEW, "epochs": 4})
+    kinds = {m: mod.kind for m, mod in p.modalities.items()}
+    one = ("price", "wood", "sold", "v")
+    assert kinds == {**dict.fromkeys(one, "vector"), "wave": "series"}
+    assert p.modalities["wood"].info == {"columns": ["wood"], "numbers": [False]}
+    assert p.modalities["wave"].info == {"channels": 2}
+    assert numbers_of(p, "price") == ("Facts", [100.5, 0])
+    assert numbers_of(p, "v")[1] == [500, 0, 7, 0]
+    assert p.net.encoders["wood"].preprocessor.categories == [["elm", "oak"]]
+    assert p.net.encoders["sold"].preprocessor.categories == [["False", "True"]]
+    flagged = p.net.encoders["v"].preprocessor.inputs([np.array([1000.0, np.nan])])
+    assert flagged[0].tolist() == pytest.approx([1.0, 0, 0, 1])
+    assert p.score(y, **as_columns(frame, p.modalities)) > 0.9
+    assert p.predict(v=v[1], price=101.0) == p.predict(v=v[1:2], price=[101.0])[0]
+    assert p.predict(wood="elm", wave=waves(2)[1], sold=True) == "1"
+
+
+def test_columns_are_joined_to_one_vector():
+    y = np.arange(60) % 2
+    frame = pd.DataFrame({"price in €": 10.0 * y, "wood": ["oak", "elm"] * 30})
+    frame.loc[::5, "price in €"] = np.nan
+    frame.loc[::10, "wood"] = None
+    frame["note"] = ["so it is", "so it goes"] * 30
+    joint = {"facts": ["price in €", "wood"]}
+    p = fit(frame, y, joint, method="concat", verbose=False, **FEW)
+    assert list(p.modalities) == ["note", "facts"]
+    assert p.modalities["facts"].info["numbers"] == [True, False]
+    assert p.net.encoders["facts"].preprocessor.categories == [None, ["elm", "oak"]]
+    columns = as_columns(frame, p.modalities)
+    assert columns["facts"][:2] == [None, [10, "elm"]]  # as an empty cell in a file
+    assert columns["facts"][5] == [None, "elm"]
+    same = {"note": frame.note, "facts": frame[["price in €", "wood"]]}
+    again = fit(same, y, method="concat", verbose=False, **FEW)
+    assert again.predict(**same) == p.predict(**columns)
+    model = MultimodalClassifier(forms=joint, method="concat", epochs=2)
+    model.fit(frame, y)
+    assert list(model.feature_names_in_) == ["price in €", "wood", "note"]
+    assert len(model.predict(frame[::-1])) == 60
+    with pytest.raises(InputError, match="no column 'wood'"):
+        model.predict(frame.drop(columns="wood"))
+
+
+@pytest.mark.parametrize(
+    "forms, said",
+    [
+        ({"pric": "vector"}, "did you mean 'price'"),
+        ({"facts": ["price", "wod"]}, "did you mean 'wood'"),
+        ({"price": "vectr"}, "did you mean 'vector'"),
+        ({"price": "audio"}, "with the rate in Hz"),
+        ({"wood": "series"}, "wood, row 0.*(str|not a series)"),
+        ({"values": ["price"]}, "'values' cannot name a modality"),
+    ],
+)
+def test_a_wrong_declaration_is_refused(forms, said):
+    frame = pd.DataFrame({"price": [1.0, 2.0] * 20, "wood": ["oak", "elm"] * 20})
+    with pytest.raises(InputError, match=said):
+        fit(frame, [0, 1] * 20, forms, verbose=False, **FEW)
+
+
+def test_a_word_in_a_column_of_numbers_is_named():
+    x = {"a": [[1.0, "oak"], ["n/a", "elm"]] * 10}
+    with pytest.raises(InputError, match="a, row 1: 'n/a' stands in a column of num"):
+        fit(x, [0, 1] * 10, **FEW)
+
+
+def test_columns_are_said_in_a_line(capsys):
+    x = {"pulse": waves(60), "wood": ["oak", "elm"] * 30}
+    fit(x, [0, 1] * 30, **FEW)
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "pulse: series of 2 channels, wood: text"
+    assert "forms=dict(wood='vector')" in second
+    fit(x, [0, 1] * 30, {"wood": "vector"}, **FEW)
+    assert "wood: vector of 1 category\n" in capsys.readouterr().out
+
+
+def test_names_that_moved_still_lead_there():
+    with pytest.warns(DeprecationWarning, match="mla_nb.data.arrays.as_items"):
+        from mla_nb.core import as_items as old
+    assert old is as_items
+    with pytest.raises(ImportError):
+        from mla_nb.core import as_item  # noqa: F401
+
+
+# What a training says about itself
+
+
+def test_a_fit_says_what_a_run_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = {"n_train": 60, "n_valid": 30, "n_test": 40, "size": 16}
+    same = {"method": "mla", "epochs": 2, "encoder": "small", "threads": 1}
+    cfg = Run(dataset_args=data, progress=False, **same)
+    s, stored = make_dataset(cfg), run(cfg)
+    capsys.readouterr()
+    p = fit(s, **same)
+    keys = {"id", "run", "seconds", "environment", "split"}
+    assert set(p.result) == set(stored) - {"id"}
+    for k in set(stored) - keys:
+        assert p.result[k] == stored[k], k
+    said = sentences(p.result)
+    assert said and capsys.readouterr().out.splitlines() == said
+    fit(s, verbose=False, **same)
+    assert capsys.readouterr().out == ""
+    again = load(p.save("saved"))
+    assert sentences(again.result) == said
+    page = (tmp_path / "saved/README.md").read_text()
+    assert all(f"- {text}\n" in page for text in said)
+
+
+def test_findings_name_the_rows_they_were_measured_on():
+    same, y = pd.DataFrame({"a": list(np.ones((60, 3)))}), np.arange(60) % 2
+    model = MultimodalClassifier(epochs=1, random_state=0)
+    for share, part in ((0.3, "validation"), (0, "training")):
+        model.set_params(validation_fraction=share)
+        model.fit(same, y)
+        result = model.classifier_.result
+        assert result["tested_on"] == part
+        assert any(f"samples of {part}" in text for text in result["findings"])
+        assert not any("test split" in text for text in result["thin_classes"])
