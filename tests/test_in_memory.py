@@ -26,11 +26,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
-from mla_nb.core import InputError, Modality, discover, methods
+from mla_nb.cli import main
+from mla_nb.core import InputError, Modality, collate, discover, methods
 from mla_nb.data.arrays import (
+    as_forms,
     as_items,
     as_labels,
     infer_modality,
+    samples_from_arrays,
     splits_from_arrays,
 )
 from mla_nb.estimator import MultimodalClassifier, held_out
@@ -675,3 +678,99 @@ def test_findings_name_the_rows_they_were_measured_on():
         assert result["tested_on"] == part
         assert any(f"samples of {part}" in text for text in result["findings"])
         assert not any("test split" in text for text in result["thin_classes"])
+
+
+# One table: in memory, saved, as a graph, and as files with a report
+
+
+def seats(n=36, seed=0):
+    "Two pictures, a ragged series, a price and a wood per row; each may be missing"
+    g, y = np.random.default_rng(seed), np.arange(n) % 2
+    pixels = g.integers(0, 60, (n, 2, 16, 16, 3)) + 150 * y[:, None, None, None, None]
+    front, back = (list(pixels[:, k].astype(np.uint8)) for k in (0, 1))
+    frame = pd.DataFrame({"front": front, "back": back, "wave": waves(n, seed)})
+    frame["price"] = 100 + 20.0 * y
+    frame["wood"] = np.array(["oak", "elm"])[y]
+    for k, name in enumerate(("front", "back", "wave")):
+        frame.loc[frame.index % 9 == k, name] = None
+    frame.loc[frame.index % 5 == 0, "price"] = np.nan
+    frame.loc[frame.index % 7 == 0, "wood"] = None
+    return frame.sample(frac=1, random_state=seed), np.array(["sell", "keep"])
+
+
+def stored(frame, y, folder):
+    "The same table as files"
+    folder.mkdir()
+    out = frame.assign(verdict=y)
+    for i, r in frame.iterrows():
+        for side in ("front", "back"):
+            if r[side] is not None:
+                Image.fromarray(r[side]).save(folder / f"{side}{i}.png")
+                out.loc[i, side] = f"{side}{i}.png"
+        if r.wave is not None:
+            np.save(folder / f"{i}.npy", r.wave)
+            out.loc[i, "wave"] = f"{i}.npy"
+    out.to_csv(folder / "seats.csv", index=False)
+    return folder / "seats.csv"
+
+
+JOINT = {"facts": ["price", "wood"]}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_table_is_fitted_scored_saved_and_exported(tmp_path):
+    frame, names = seats()
+    y = names[frame.index % 2]
+    p = fit(frame, y, JOINT, method="mla", verbose=False, **{**FEW, "epochs": 5})
+    kinds = {m: (mod.kind, mod.form) for m, mod in p.modalities.items()}
+    images = dict.fromkeys(("front", "back"), ("image", "image"))
+    more = {"wave": ("series", "series"), "facts": ("vector", "row")}
+    assert kinds == {**images, **more}
+    model = MultimodalClassifier(method="mla", forms=JOINT, epochs=4, batch_size=16)
+    assert cross_val_score(model, frame, y, cv=2).mean() > 0.8
+    new, names = seats(10, seed=1)
+    asked = as_columns(new, p.modalities)
+    again = load(p.save(tmp_path / "saved"))
+    told = again.explain(**asked)
+    assert told.names == p.predict(**asked)
+    assert again.score(names[new.index % 2], **asked) > 0.8
+    told.plot()
+    run_onnx = pytest.importorskip("mla_nb.export").run_onnx
+    pytest.importorskip("onnxruntime")
+    graph = run_onnx(again.export(tmp_path / "seats.onnx"))
+    read = [{"x": x, "y": 0, "idx": i} for i, x in enumerate(told.items)]
+    b = collate(read, {m: e.preprocessor for m, e in again.net.encoders.items()})
+    fused = graph(b.x, torch.stack([b.present[m] for m in b.x], 1))[0]
+    assert torch.as_tensor(fused).softmax(1).allclose(told.probs, atol=1e-5)
+
+
+def test_the_same_table_as_files_has_the_same_items_and_a_report(tmp_path, monkeypatch):
+    pm = pytest.importorskip("papermill")
+    monkeypatch.chdir(tmp_path)
+    frame, names = seats(60)
+    y = names[frame.index % 2]
+    what = "label=verdict,front:image,back:image,wave:series,facts=price+wood:vector"
+    table = stored(frame, y, tmp_path / "files")
+    main(["prepare", "own", "--table", str(table), "--columns", what, "--size", "16"])
+    s = make_dataset(Run(dataset="own", dataset_args="variant=seats"))
+    columns = as_columns(frame, JOINT)
+    ours, _, modalities = samples_from_arrays(columns, y, as_forms(frame, JOINT))
+    for m, mod in s.modalities.items():
+        assert (mod.kind, mod.form) == (modalities[m].kind, modalities[m].form)
+    assert s.modalities["facts"].info == modalities["facts"].info
+    for part in s.parts.values():
+        for i, name in enumerate(part.ids):
+            item = part[i]["x"]
+            mine = {m: v[int(name) - 1] for m, v in ours.x.items()}
+            assert {m for m, v in item.items() if v is None} == {
+                m for m, v in mine.items() if v is None
+            }
+            assert item["facts"] is None or item["facts"] == mine["facts"]
+            if item["wave"] is not None:
+                assert torch.as_tensor(item["wave"]).allclose(mine["wave"])
+    report = ROOT / "nbs/experiments/run.ipynb"
+    fields = {"dataset": "own", "dataset_args": "variant=seats", "method": "mla"}
+    fields |= {**FEW, "progress": False}
+    done = pm.execute_notebook(report, "report.ipynb", fields, progress_bar=False)
+    outputs = [o for c in done.cells for o in c.get("outputs", [])]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 4
