@@ -35,6 +35,7 @@ from mla_nb.data.arrays import (
     taken_for,
 )
 from .data.decode import decode_image, load_wave
+from .data.own import as_number, series_of
 from .heads import Net
 from .methods.base import Method, Pred, predict
 from .methods.fusion import entropy
@@ -132,8 +133,11 @@ def plain_item(
         raise InputError(
             f"{m}: this dataset has no spans and crops; give a path or an array."
         )
-    if mod.form in ("series", "row"):
-        return source
+    if mod.form == "series":
+        text = isinstance(source, (str, Path))  # a file, or numbers as text
+        return torch.from_numpy(series_of(source)) if text else source
+    if mod.form == "row":
+        return _as_values(source, mod.info.get("numbers", ()))
     if mod.form == "wave":
         return (
             load_wave(source, mod.info.get("rate", 16000))[0]
@@ -157,6 +161,21 @@ def plain_item(
         f"{m}: this dataset does not say how files become {mod.form}; give an array of "
         f"shape {mod.info.get('item')}."
     )
+
+
+def _as_values(source, numbers):
+    "The values of a vector; numbers may be written as text, as in a table"
+    if isinstance(source, str) and source[:1] == "[":
+        source = json.loads(source)
+    if not isinstance(source, (str, list, tuple)):
+        return source
+    values = [source] if isinstance(source, str) else source
+    if len(values) != len(numbers):
+        return values  # the preprocessor says what is wrong
+    texts = [
+        as_number(v) if n and isinstance(v, str) else v for v, n in zip(values, numbers)
+    ]
+    return [v if t is None else t for v, t in zip(values, texts)]
 
 
 def _bytes(path, what):

@@ -774,3 +774,27 @@ def test_the_same_table_as_files_has_the_same_items_and_a_report(tmp_path, monke
     done = pm.execute_notebook(report, "report.ipynb", fields, progress_bar=False)
     outputs = [o for c in done.cells for o in c.get("outputs", [])]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 4
+
+
+def test_a_saved_classifier_answers_a_table_of_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    frame, names = seats(60)
+    p = fit(frame, names[frame.index % 2], JOINT, verbose=False, **{**FEW, "epochs": 4})
+    p.save("saved")
+    new, names = seats(12, seed=1)
+    table = stored(new, names[new.index % 2], tmp_path / "files")
+    text = table.read_text().replace("verdict", "label").replace("100.0", '"100,0"')
+    table.write_text(text)
+    main(["predict", "saved", "--csv", str(table), "--out", "told.csv"])
+    told = pd.read_csv("told.csv")
+    assert list(told.answer) == p.predict(**as_columns(new, p.modalities))
+
+
+def test_a_category_may_be_a_number():
+    y = np.arange(60) % 2
+    frame = pd.DataFrame({"size": pd.Categorical(40 + y), "shop": y})
+    p = fit(frame, y, verbose=False, **{**FEW, "epochs": 6})
+    assert p.net.encoders["size"].preprocessor.categories == [["40", "41"]]
+    assert p.predict(size=[40, 41.0, "41"]) == ["0", "1", "1"]
+    joint = fit(frame, y, {"both": ["size", "shop"]}, verbose=False, **FEW)
+    assert joint.modalities["both"].info["numbers"] == [False, True]

@@ -207,8 +207,13 @@ def as_forms(
     forms: dict | None = None,  # modality -> Modality, kind, or list of columns
 ) -> dict:  # modality -> Modality, of those that are declared
     "What is said about columns: by `forms`, and by pandas' types category and bool"
-    names = _names(x)
-    out = {m: _declared(m, said, names) for m, said in (forms or {}).items()}
+    names, forms = _names(x), forms or {}
+    if not isinstance(forms, dict):
+        raise InputError(
+            f"forms is {type(forms).__name__}; give a dict, e.g. forms=dict("
+            "pulse='series', facts=['price', 'wood'])."
+        )
+    out = {m: _declared(m, said, names) for m, said in forms.items()}
     used = {c for mod in out.values() for c in mod.info.get("columns", ())} | {*out}
     free = [] if hasattr(x, "column_names") else [m for m in names if m not in used]
     for m in free:
@@ -225,6 +230,8 @@ def _names(x) -> list:
 def _declared(m, said, names) -> Modality:
     "One entry of `forms` as a `Modality`"
     if isinstance(said, (list, tuple)):
+        if not said:
+            raise InputError(f"forms: {m} is an empty list; name its columns.")
         for c in said:
             if c not in names:
                 raise unknown(f"column (forms, {m})", c, names)
@@ -291,10 +298,18 @@ def joined(
         if mod.form == "row" and m not in names and "columns" in mod.info
     }
     inside = {c for columns in groups.values() for c in columns}
-    out = {m: as_items(m, x[m]) for m in names if m not in inside}
+    out = {m: _column(m, x) for m in names if m not in inside}
     for m, columns in groups.items():
         out[m] = _side_by_side(x, names, columns)
     return out
+
+
+def _column(m, x) -> list:
+    "The items of a column; those of pandas' type category as names"
+    items = as_items(m, x[m])
+    if hasattr(x, "column_names") or str(getattr(x[m], "dtype", "")) != "category":
+        return items
+    return [v if v is None else v if isinstance(v, str) else f"{v:g}" for v in items]
 
 
 def _side_by_side(x, names, columns) -> list:
@@ -302,7 +317,7 @@ def _side_by_side(x, names, columns) -> list:
     for c in columns:
         if c not in names:
             raise unknown("column", c, names)
-    cells = zip(*(as_items(c, x[c]) for c in columns))
+    cells = zip(*(_column(c, x) for c in columns))
     rows = [[_scalar(v) for v in row] for row in cells]
     return [None if all(v is None for v in row) else row for row in rows]
 
@@ -353,9 +368,12 @@ def _channels(m, items, mod) -> Modality:
 def _rows(m, items, mod) -> tuple:
     "Vectors: a tensor each if all columns are numbers, else lists with names"
     out, first = [], None
-    texts = isinstance(next(v for v in items if v is not None), str)
+    items = [None if isinstance(v, str) and not v.strip() else v for v in items]
+    sample = next((v for v in items if v is not None), None)
+    if sample is None:
+        raise InputError(f"{m}: all rows are blank; leave this modality out.")
     for i, v in enumerate(items):
-        item = None if v is None else _row(f"{m}, row {i}", v, texts)
+        item = None if v is None else _row(f"{m}, row {i}", v, sample)
         if item is not None:
             first = first or (i, [len(item)])
             _same(m, i, [len(item)], *first)
@@ -368,11 +386,15 @@ def _rows(m, items, mod) -> tuple:
     return out, Modality("vector", "row", {**mod.info, **about, "numbers": numbers})
 
 
-def _row(where, v, texts):
+def _row(where, v, sample):
     "A tensor of numbers, or a list of numbers, names, and None where one is missing"
-    if isinstance(v, str) != texts:
-        wanted = "text" if texts else "an array of numbers"
-        raise InputError(f"{where} is {type(v).__name__} and not {wanted}; mend it.")
+    if isinstance(v, str) != isinstance(sample, str):
+        number = "a number" if np.ndim(sample) == 0 else "an array of numbers"
+        wanted = "text" if isinstance(sample, str) else number
+        raise InputError(
+            f"{where} is {type(v).__name__} and not {wanted}; mend it, or put None in "
+            "its place."
+        )
     values = v if isinstance(v, (list, tuple)) else ()
     nested = any(hasattr(f, "__len__") and not isinstance(f, str) for f in values)
     if nested or getattr(v, "ndim", 0) > 1:

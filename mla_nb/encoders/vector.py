@@ -127,8 +127,8 @@ class Facts(Preprocessor):
                 usual = float(self.mean[len(out)])
                 out += [usual if number is None else number, float(number is None)]
             else:
-                known = str(v) in names if v is not None else False
-                out += [float(str(v) == n) for n in names] + [float(not known)]
+                name = None if v is None else _name(v)
+                out += [float(name == n) for n in names] + [float(name not in names)]
         return torch.tensor(out)
 
     def normalize(self, x):
@@ -156,11 +156,16 @@ def _number(v):
     return v
 
 
+def _name(v) -> str:
+    "A category that is written as a number, without needless digits"
+    return v if isinstance(v, str) else f"{v:g}"
+
+
 def _categories(values, limit):
     "None for a column of numbers; else its names, the most frequent ones"
     if all(isinstance(v, float) for v in values):
         return None
-    names = [str(v) for v in values]
+    names = [_name(v) for v in values]
     counts = {n: names.count(n) for n in dict.fromkeys(names)}
     return sorted(sorted(counts, key=counts.get, reverse=True)[:limit])
 
