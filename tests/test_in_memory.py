@@ -518,6 +518,7 @@ def waves(n, seed=0):
         ([[1.0, "oak"], [None, "elm"]], "vector", "row"),
         (waves(4), "series", "series"),
         (np.zeros((4, 128, 3)), "series", "series"),
+        ([np.zeros((20, 12)), np.zeros((31, 12))], "series", "series"),
         ([v.tolist() for v in waves(4)], "series", "series"),
         (np.zeros((4, 64, 94)), "audio", "features"),
         (["a b", None], "text", "text"),
@@ -671,7 +672,7 @@ def test_a_fit_says_what_a_run_says(tmp_path, monkeypatch, capsys):
 def test_findings_name_the_rows_they_were_measured_on():
     same, y = pd.DataFrame({"a": list(np.ones((60, 3)))}), np.arange(60) % 2
     model = MultimodalClassifier(epochs=1, random_state=0)
-    for share, part in ((0.3, "validation"), (0, "training")):
+    for share, part in ((0.1, "validation"), (0, "training")):
         model.set_params(validation_fraction=share)
         model.fit(same, y)
         result = model.classifier_.result
