@@ -1,7 +1,7 @@
 # Every target sets up what it needs; nothing is redone unless its inputs changed.
 #   make demo                     concat and mla on the embedded dataset: two executed notebooks and a table
 #   make demo DATASET=digits ARCHIVE=free-spoken-digit-dataset.zip      the same on real recordings
-#   make demo DATASET=cremad [ROOT=CREMA-D]     the same on CREMA-D, or without ROOT on a made miniature of it;
+#   make demo DATASET=cremad [ROOT=CREMA-D]     the same on CREMA-D, or without ROOT on a synthetic miniature of it;
 #                                               also food101, mvsa, iemocap, kinetics
 #   make demo DATASET=iemocap ENCODER=features [FEATURES=SPEC]     encoders run over the dataset once, both methods train on
 #                                               what they make; without FEATURES the encoders are small and random
@@ -46,7 +46,7 @@ DIGITS  := --split speaker --image_noise 0.5
 ifeq ($(DATASET),digits)
 DATASET_ARGS ?= split=speaker,image_noise=0.5
 endif
-# the datasets that a preparation script makes from an official download, or from a made miniature of it
+# the datasets that a preparation script makes from an official download, or from a synthetic miniature of it
 MEDIA := cremad food101 mvsa iemocap kinetics
 ifneq ($(filter $(DATASET),$(MEDIA)),)
 LR ?= 0.1
@@ -81,7 +81,7 @@ $(READY): $(DEPS) setup.py settings.ini pyproject.toml
 
 setup: $(READY) ## the environment in .venv
 
-# make paper: the whole table of a dataset. Without ROOT= on a made miniature, with the preset small.
+# make paper: the whole table of a dataset. Without ROOT= on a synthetic miniature, with the preset small.
 PRESET  ?= $(if $(ROOT),paper,small)
 SEEDS   ?= 0:5
 TUNING  ?= 100:103

@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['FORMS', 'encoders', 'methods', 'rules', 'health_checks', 'datasets', 'Samples', 'Modality', 'Splits', 'check_splits',
            'select_rows', 'to_device', 'Batch', 'stack', 'scatter_rows', 'collate', 'TensorSplit', 'DatasetSpec',
-           'DatasetRegistry', 'check_dataset', 'infer_modality', 'as_items', 'as_labels', 'samples_from_arrays',
-           'splits_from_arrays', 'InputError', 'Registry', 'UnknownName', 'call', 'discover', 'nearest', 'unknown',
-           'validate_option']
+           'DatasetRegistry', 'check_dataset', 'InputError', 'Registry', 'UnknownName', 'call', 'discover', 'nearest',
+           'unknown', 'validate_option']
 
 # %% ../nbs/01_data.ipynb #a39fc918
 import inspect
-import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 
-import numpy as np
 import torch
 from torch import tensor
 from torch.utils.data import Dataset
@@ -356,231 +355,20 @@ def check_dataset(
             assert not lacks_all, f"sample {i} has no modality at all"
             assert 0 <= item["y"] < len(s.classes) and item["idx"] == i
 
-# %% ../nbs/01_data.ipynb #69e87637
-def infer_modality(
-    name: str,  # of the modality, for the error
-    items,  # what the samples hold of it
-) -> Modality:
-    "What items in memory are: texts, images, clips, spectrograms or vectors"
-    sample = next((v for v in items if v is not None), None)
-    if isinstance(sample, str):
-        return Modality("text", "text")
-    if isinstance(sample, (bool, int, float, np.number)):
-        return Modality("audio", "vector", {"shape": [1]})  # a column of numbers
-    x = _tensor_of(name, sample)
-    shape, dtype = list(x.shape), str(x.dtype).removeprefix("torch.")
-    if x.dtype == torch.uint8 and x.dim() in (3, 4) and shape[-3] == 3:
-        if x.dim() == 4:
-            return Modality("video", "frames")
-        sizes = {tuple(v.shape[-2:]) for v in items if hasattr(v, "shape")}
-        if len(sizes) < 2:
-            return Modality("image", "image")
-        # pictures of several sizes become squares as high as the smallest
-        return Modality("image", "image", {"size": min(224, *map(min, sizes))})
-    if x.numel() and (x.dim() == 1 or x.is_floating_point() and x.dim() == 2):
-        return Modality("audio", ("vector", "features")[x.dim() - 1], {"shape": shape})
-    raise InputError(
-        f"{name}: items of shape {tuple(shape)} and type {dtype} are nothing we know; "
-        "give str, uint8 pictures (3,H,W) or clips (N,3,H,W), float spectrograms (F,T) "
-        "or vectors (D,), or say what they are with forms=dict(name=Modality(…))."
-    )
+# %% ../nbs/01_data.ipynb #7c056a30
+_MOVED = {
+    "as_items",
+    "as_labels",
+    "infer_modality",
+    "samples_from_arrays",
+    "splits_from_arrays",
+}
 
 
-def _tensor_of(name, sample):
-    "An item as a tensor, to see what it is"
-    if sample is None:
-        raise InputError(f"{name}: no sample has it; leave this modality out.")
-    try:
-        return torch.as_tensor(sample)
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(
-            f"{name}: items of type {type(sample).__name__} are nothing we know; give "
-            "text or arrays of numbers."
-        ) from None
-
-# %% ../nbs/01_data.ipynb #80dfa112
-def as_items(
-    name: str,  # of the column, for errors
-    column,  # N items: array, list, pandas or Hugging Face column
-) -> list:  # N items; None where one is missing
-    "The items of a column by position, never by index; NaN and pandas' NA are None"
-    if hasattr(column, "iloc") and getattr(column, "ndim", 1) == 2:
-        column = column.to_numpy()  # a DataFrame: each of its rows is an item
-    if isinstance(column, (str, bytes, dict)) or not hasattr(column, "__len__"):
-        raise InputError(
-            f"{name}: {type(column).__name__} is no column; give a list, an array, or "
-            "a column of pandas or Hugging Face, with one item per sample."
-        )
-    return [None if _is_missing(v) else v for v in column]
-
-
-def _is_missing(v) -> bool:
-    "None, NaN, and pandas' NA and NaT"
-    if v is None or type(v).__name__ in ("NAType", "NaTType"):
-        return True
-    return isinstance(v, (float, np.floating)) and math.isnan(v)
-
-
-def _whole_text(v: str) -> str:
-    "Text whose halves of a UTF-16 pair are joined, or replaced by U+FFFD"
-    return v.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def as_labels(
-    y,  # N labels: names, whole numbers or truth values; or one-hot rows (N,C)
-) -> tuple:  # (class of each row, the classes that occur in order)
-    "Labels of one type, without gaps; anything else is refused with its row"
-    names = [str(c) for c in y.columns] if hasattr(y, "columns") else None
-    labels = [v.tolist() if hasattr(v, "tolist") else v for v in as_items("labels", y)]
-    labels = [_label(i, _one_hot(i, v, names)) for i, v in enumerate(labels)]
-    kinds = {}
-    for i, v in enumerate(labels):
-        kinds.setdefault(type(v), i)
-    if len(kinds) > 1:
-        (a, i), (b, k) = list(kinds.items())[:2]
-        raise InputError(
-            f"labels: row {i} is {labels[i]!r} ({a.__name__}) and row {k} is "
-            f"{labels[k]!r} ({b.__name__}); give all labels as one type."
-        )
-    classes = sorted(set(labels))
-    if len(classes) < 2:
-        raise InputError(
-            f"labels: {len(labels)} rows of {len(classes)} class; give samples of at "
-            "least two classes."
-        )
-    if int in kinds and len(classes) > max(20, len(labels) // 2):
-        raise InputError(
-            f"labels: {len(classes)} different numbers in {len(labels)} rows look like "
-            "a numeric target, and only classes can be learned; cut it into classes "
-            "first, e.g. with pandas.qcut."
-        )
-    return labels, classes
-
-
-def _one_hot(i, row, names):
-    "The class of a row of a (N,1) or one-hot (N,C) array; other labels as they are"
-    if not isinstance(row, (list, tuple)):
-        return row
-    if len(row) == 1:
-        return row[0]
-    if row.count(1) != 1 or row.count(0) != len(row) - 1:
-        raise InputError(
-            f"labels: row {i} is {row}, which is not one-hot (a single 1, zeros "
-            "elsewhere); give one class per sample."
-        )
-    return names[row.index(1)] if names else row.index(1)
-
-
-def _label(i, v):
-    "A label as text, a whole number or a truth value"
-    if _is_missing(v):
-        raise InputError(f"labels: row {i} has none; leave it out, or give it one.")
-    if isinstance(v, str):
-        return _whole_text(v)
-    if isinstance(v, float) and not v.is_integer():
-        raise InputError(
-            f"labels: row {i} is {v}, and numbers with fractions are no classes; cut "
-            "them into classes first, e.g. with pandas.qcut."
-        )
-    if not isinstance(v, (bool, int, float)):
-        raise InputError(
-            f"labels: row {i} is of type {type(v).__name__}; give text or whole "
-            "numbers."
-        )
-    return v if isinstance(v, bool) else int(v)
-
-
-def samples_from_arrays(
-    x: dict,  # modality -> column of N items; None, NaN or NA where a sample has none
-    y,  # N labels, as for `as_labels`
-    forms: dict | None = None,  # modality -> Modality, where it cannot be inferred
-    name: str = "arrays",  # what to call them in an error
-) -> tuple:  # (Samples, their classes in order, modality -> Modality)
-    "All samples of arrays in memory; an item that cannot be read is named by its row"
-    items = {m: as_items(m, v) for m, v in x.items()}
-    rows = as_items("labels", y)
-    lengths = {**{m: len(v) for m, v in items.items()}, "labels": len(rows)}
-    if not x or len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{n} {m}" for m, n in lengths.items())
-        raise InputError(
-            f"{name}: every modality needs an item, or None, per label; "
-            f"there are {listed}."
-        )
-    labels, classes = as_labels(y)
-    known = forms or {}
-    modalities = {m: known.get(m) or infer_modality(m, v) for m, v in items.items()}
-    for m, mod in modalities.items():
-        items[m] = _read_alike(m, items[m], mod)
-    for i, row in enumerate(zip(*items.values())):
-        if all(v is None for v in row):
-            raise InputError(f"{name}: row {i} has no modality at all; leave it out.")
-    number = {c: k for k, c in enumerate(classes)}
-    return Samples(items, [number[v] for v in labels]), classes, modalities
-
-
-def _read_alike(m, items, mod) -> list:
-    "Items of one modality as text or tensors; all alike where they must be"
-    out, first = [], None
-    for i, v in enumerate(items):
-        item = None if v is None else _item(f"{m}, row {i}", v, mod.form)
-        if item is not None and mod.form in ("vector", "features", "frames"):
-            first = first or (i, item.shape)
-            if item.shape != first[1]:
-                raise InputError(
-                    f"{m}: row {i} has shape {tuple(item.shape)} and row {first[0]} "
-                    f"has {tuple(first[1])}; give all items the same shape (sounds of "
-                    "any length: forms=dict(name=Modality('audio', 'wave', "
-                    "{'rate': …}))."
-                )
-        out.append(item)
-    return out
-
-
-def _item(where, v, form):
-    "One item: text, or a tensor of finite numbers; empty text is missing"
-    if (form == "text") != isinstance(v, str):
-        wanted = "text" if form == "text" else "an array of numbers"
-        raise InputError(f"{where} is {type(v).__name__} and not {wanted}; mend it.")
-    if form == "text":
-        return _whole_text(v) if v.strip() else None
-    try:
-        x = torch.as_tensor(v)
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(
-            f"{where} is no array of numbers; give equally long rows of numbers."
-        ) from None
-    if form in ("image", "frames"):
-        return x
-    if not x.isfinite().all():
-        raise InputError(
-            f"{where} holds NaN or infinity; fill it in, or put None in its place."
-        )
-    return x.float().reshape(-1) if x.dim() == 0 else x.float()
-
-
-def splits_from_arrays(
-    x: dict,  # modality -> column of N items; None, NaN or NA where a sample has none
-    y,  # N labels, as for `as_labels`
-    forms: dict | None = None,  # modality -> Modality, where it cannot be inferred
-    shares=(0.8, 0.1, 0.1),  # of training, validation and test
-    seed: int = 0,
-    name: str = "arrays",
-) -> Splits:
-    "A dataset from arrays in memory; every class is shared out alike, at random"
-    all_of, classes, modalities = samples_from_arrays(x, y, forms, name)
-    parts = [
-        all_of.select_rows(rows)
-        for rows in _shared_out(all_of.y.tolist(), range(len(classes)), shares, seed)
-    ]
-    return check_splits(Splits(name, [str(c) for c in classes], modalities, *parts))
-
-
-def _shared_out(labels, classes, shares, seed) -> list:
-    "Row numbers of each part; every class is cut at the same shares"
-    rng, parts = np.random.default_rng(seed), [[] for _ in shares]
-    for c in classes:
-        rows = rng.permutation([i for i, label in enumerate(labels) if label == c])
-        cuts = np.round(np.cumsum(shares)[:-1] * len(rows)).astype(int)
-        for part, chosen in zip(parts, np.split(rows, cuts)):
-            part += chosen.tolist()
-    return [sorted(part) for part in parts]
+def __getattr__(name):
+    "A name that moved to `mla_nb.data.arrays`, which this module does not know"
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    told = f"mla_nb.core.{name} is now mla_nb.data.arrays.{name}"
+    warnings.warn(told, DeprecationWarning, stacklevel=2)
+    return getattr(import_module("mla_nb.data.arrays"), name)

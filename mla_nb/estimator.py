@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import Splits, samples_from_arrays
+from .core import Splits
+from .data.arrays import as_forms, samples_from_arrays, taken_for
 from .predict import as_columns, fit, load
 from .tools import InputError, validate_option
 
@@ -58,10 +59,11 @@ class Conventions:
         class_weights: str | None = None,  # 'balanced': rare classes weigh more
         sampling: str | None = None,  # 'balanced': rare classes come more often
         best_by: str | None = None,  # score that chooses the epoch
-        forms: dict | None = None,  # column -> Modality, where it cannot be inferred
+        forms: dict | None = None,  # modality -> Modality, kind, or columns to join
         validation_fraction: float = 0.1,  # of the rows; 0: training rows validate
         random_state: int | None = 0,  # seed; None: another one at each `fit`
         options: dict | None = None,  # other fields of `Run`
+        verbose: bool = False,  # print what the columns are taken for, and findings
     ):
         self.method = method
         self.encoder = encoder
@@ -78,6 +80,7 @@ class Conventions:
         self.validation_fraction = validation_fraction
         self.random_state = random_state
         self.options = options
+        self.verbose = verbose
 
     def fit(self, X, y) -> "Conventions":
         "Train; what is learned is `classifier_`, a `Classifier`"
@@ -87,7 +90,9 @@ class Conventions:
                 "is None; give one label per row."
             )
         columns, y = self._checked(X, y)
-        samples, classes, modalities = samples_from_arrays(columns, y, self.forms)
+        samples, classes, modalities = samples_from_arrays(columns, y, self.forms_)
+        if self.verbose:
+            print(taken_for(samples, modalities))
         seed = np.random.randint(2**31) if self.random_state is None else None
         fields = {**self._fields(), **({} if seed is None else {"seed": seed})}
         validate_option("validation_fraction", self.validation_fraction, float, 0, 0.5)
@@ -97,8 +102,7 @@ class Conventions:
         names = [str(c) for c in classes]
         s = Splits("a table", names, modalities, train, valid, valid)
         self.classes_ = np.array(classes)
-        self.classifier_ = fit(s, **fields)
-        self.classifier_.result["tested_on"] = "validation"
+        self.classifier_ = fit(s, verbose=self.verbose, **fields)
         return self
 
     def predict_proba(self, X) -> np.ndarray:
@@ -121,7 +125,7 @@ class Conventions:
 
     def _fields(self) -> dict:
         "The fields of `Run` that were given"
-        own = {"forms", "validation_fraction", "random_state", "options"}
+        own = {"forms", "validation_fraction", "random_state", "options", "verbose"}
         given = {k: v for k, v in self.get_params(deep=False).items() if k not in own}
         given |= {"seed": self.random_state, **(self.options or {})}
         return {k: v for k, v in given.items() if v is not None}
@@ -139,19 +143,20 @@ class Conventions:
             X, y = checked if fitting else (checked, None)
             if fitting:
                 check_classification_targets(y)
+                self.forms_ = {}
             return {"x": list(torch.from_numpy(np.array(X)))}, y
-        columns = as_columns(X, self.forms)
         if fitting:
-            self.feature_names_in_ = np.array(list(columns), dtype=object)
-            self.n_features_in_ = len(columns)
-        lacks = [m for m in self.feature_names_in_ if m not in columns]
+            self.forms_ = as_forms(X, self.forms)
+            self.feature_names_in_ = np.array(list(names), dtype=object)
+            self.n_features_in_ = len(names)
+        lacks = [m for m in self.feature_names_in_ if m not in names]
         if lacks:
             raise InputError(
                 f"X has no column {lacks[0]!r}, and the model was fitted to "
                 f"{', '.join(self.feature_names_in_)}; a column of None stands for a "
                 "modality that no row has."
             )
-        return columns, y
+        return as_columns(X, self.forms_), y
 
     def __getstate__(self):
         "For pickle: a fitted net as the files that `Classifier.save` writes"

@@ -281,24 +281,7 @@ def draw_item(ax, item, mod: Modality):
     elif mod.form in ("vector", "series"):
         ax.plot(torch.as_tensor(item).tolist(), lw=0.6)
     elif mod.form == "row":
-        shown = [
-            "?"
-            if v is None
-            else f"{v:.5g}"
-            if v == v and isinstance(v, float)
-            else str(v)
-            for v in item
-        ]
-        ax.text(
-            0.5,
-            0.5,
-            "\n".join(shown),
-            ha="center",
-            va="center",
-            fontsize=8,
-            transform=ax.transAxes,
-        )
-        ax.set_axis_off()
+        _draw_row(ax, item)
     elif mod.kind == "text":
         ax.text(
             0.5,
@@ -338,6 +321,24 @@ def _wrapped(text, width=22):
 
     short = text if len(text) < 120 else text[:117] + "…"
     return textwrap.fill(short, width).replace("$", r"\$")  # not a formula
+
+
+def _draw_row(ax, item):
+    "The values of a vector as lines of text; more than eight numbers as a curve"
+    values = item.tolist() if hasattr(item, "tolist") else item
+    values = values if isinstance(values, (list, tuple)) else [values]
+    known = [None if v is None or v != v else v for v in values]
+    if len(known) > 8 and not any(isinstance(v, str) for v in known):
+        ax.plot([float("nan") if v is None else v for v in known], ".-", ms=2, lw=0.6)
+        return
+    shown = [
+        "?" if v is None else str(v) if isinstance(v, (str, bool)) else f"{v:.5g}"
+        for v in known
+    ]
+    more = ["…"] if len(shown) > 8 else []
+    where = {"ha": "center", "va": "center", "transform": ax.transAxes}
+    ax.text(0.5, 0.5, "\n".join([*shown[:8], *more]), fontsize=8, **where)
+    ax.set_axis_off()
 
 # %% ../nbs/21_missing.ipynb #288b131e
 def sonify(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['exporters', 'NOT_IN_MEMORY', 'WITH_A_FOLDER', 'EXPLAIN', 'as_pixels', 'as_wave', 'plain_item', 'read_item',
            'as_samples', 'Explanation', 'rows_of', 'ranked', 'as_dict', 'as_text', 'Classifier', 'load', 'name_of',
-           'verify_files', 'fit', 'as_columns', 'show_bars', 'show_weights', 'plot_explanation', 'card',
+           'verify_files', 'fit', 'sentences', 'as_columns', 'show_bars', 'show_weights', 'plot_explanation', 'card',
            'save_classifier']
 
 # %% ../nbs/47_predict.ipynb #4f083398
@@ -22,23 +22,42 @@ from mla_nb.core import (
     Modality,
     Registry,
     Splits,
-    _whole_text,
-    as_items,
     check_splits,
     collate,
     datasets,
-    splits_from_arrays,
     validate_option,
 )
+from mla_nb.data.arrays import (
+    as_forms,
+    as_items,
+    joined,
+    splits_from_arrays,
+    taken_for,
+)
 from .data.decode import decode_image, load_wave
-from .evaluation import temperatures
+from .data.own import as_number, series_of
 from .heads import Net
-from .methods.base import Method, Pred, predict, scores
+from .methods.base import Method, Pred, predict
 from .methods.fusion import entropy
 from .missing import draw_item, with_missing
 from .runs.config import Run
-from .runs.run import RunFolder, TensorBoard, _about, build, load_run
-from .tools import InputError, read_json, sha256, unknown, write_atomic
+from mla_nb.runs.run import (
+    RunFolder,
+    TensorBoard,
+    _about,
+    _outcome,
+    _right_on_validation,
+    build,
+    load_run,
+)
+from mla_nb.tools import (
+    InputError,
+    read_json,
+    sha256,
+    unknown,
+    valid_text,
+    write_atomic,
+)
 from .train.checkpoints import BestEpoch, States, Stopper
 from .train.watching import StopOnNaN
 
@@ -114,8 +133,11 @@ def plain_item(
         raise InputError(
             f"{m}: this dataset has no spans and crops; give a path or an array."
         )
-    if mod.form in ("series", "row"):
-        return source
+    if mod.form == "series":
+        text = isinstance(source, (str, Path))  # a file, or numbers as text
+        return torch.from_numpy(series_of(source)) if text else source
+    if mod.form == "row":
+        return _as_values(source, mod.info.get("numbers", ()))
     if mod.form == "wave":
         return (
             load_wave(source, mod.info.get("rate", 16000))[0]
@@ -124,7 +146,7 @@ def plain_item(
         )
     if mod.form == "text":
         return (
-            _whole_text(source)
+            valid_text(source)
             if isinstance(source, str)
             else _bytes(source, "text").decode("utf-8", "replace")
         )
@@ -139,6 +161,21 @@ def plain_item(
         f"{m}: this dataset does not say how files become {mod.form}; give an array of "
         f"shape {mod.info.get('item')}."
     )
+
+
+def _as_values(source, numbers):
+    "The values of a vector; numbers may be written as text, as in a table"
+    if isinstance(source, str) and source[:1] == "[":
+        source = json.loads(source)
+    if not isinstance(source, (str, list, tuple)):
+        return source
+    values = [source] if isinstance(source, str) else source
+    if len(values) != len(numbers):
+        return values  # the preprocessor says what is wrong
+    texts = [
+        as_number(v) if n and isinstance(v, str) else v for v, n in zip(values, numbers)
+    ]
+    return [v if t is None else t for v, t in zip(values, texts)]
 
 
 def _bytes(path, what):
@@ -231,7 +268,10 @@ def read_item(
     if mod.form in ("series", "row"):  # the net's preprocessors check what they get
         spec = datasets.get(about["run"]["dataset"])
         reader = (spec and spec.reader) or plain_item
-        return reader(m, what, about.get("dataset", {}), mod, key)
+        item = reader(m, what, about.get("dataset", {}), mod, key)
+        if mod.form == "row" and _only_gaps(item):
+            raise InputError(f"{m}: holds NaN only; leave it out.")
+        return item
     if isinstance(source, dict) and len(source) == 1:
         source = what
     if mod.form == "text" and not isinstance(what, (str, Path)):
@@ -264,6 +304,13 @@ def read_item(
         if isinstance(item, str)
         else _finite(item, what if isinstance(what, (str, Path)) else m)
     )
+
+
+def _only_gaps(item) -> bool:
+    "Is no value of a vector known?"
+    values = item.tolist() if hasattr(item, "tolist") else item
+    values = values if isinstance(values, (list, tuple)) else [values]
+    return all(v is None or v != v for v in values)
 
 
 def _extractor(m, about) -> str:
@@ -688,8 +735,9 @@ def verify_files(
 def fit(
     x,  # Splits; or modality -> column: a dict, a DataFrame, a Hugging Face dataset
     y=None,  # N labels, if `x` holds columns
-    forms=None,  # modality -> Modality, where it cannot be inferred from a column
+    forms=None,  # modality -> Modality, kind, or columns to join: as for `as_forms`
     shares=(0.8, 0.1, 0.1),  # of training, validation and test, if `x` holds columns
+    verbose: bool = True,  # print what columns are taken for, and what the run found
     **fields,  # of `Run`: method, encoder, epochs, lr, …
 ) -> Classifier:  # its `learner` has the history
     "Train on data in memory, without a folder; validation chooses the epoch"
@@ -698,6 +746,10 @@ def fit(
         if k not in known:
             raise unknown("parameter of fit", k, known)
     s = _as_splits(x, y, forms, shares, fields.get("seed", 0))
+    if verbose and s is not x:
+        print(taken_for(s.train, s.modalities))
+    part = "training" if s.test is s.train else "test"
+    part = "validation" if s.test is s.valid is not s.train else part
     families = {
         m: "features" if mod.form == "vector" else "small"
         for m, mod in s.modalities.items()
@@ -716,7 +768,17 @@ def fit(
     learn.callbacks = sorted([*kept, best], key=lambda c: c.order)
     learn.fit(cfg.epochs)
     learn.net.load_state_dict(best.weights)
-    return _classifier(cfg, s, learn, best.best[2])
+    p = _classifier(cfg, s, learn, best.best[2], part)
+    for text in sentences(p.result) if verbose else ():
+        print(text)
+    return p
+
+
+def sentences(
+    result: dict,  # of a run, or of `fit`
+) -> list:  # empty where nothing is wrong
+    "What a result says about itself: its findings, and classes with few samples"
+    return [*(result.get("findings") or ()), *(result.get("thin_classes") or ())]
 
 
 NOT_IN_MEMORY = {
@@ -737,31 +799,44 @@ def _as_splits(x, y, forms, shares, seed) -> Splits:
     if isinstance(x, Splits):
         if y is not None:
             raise InputError("fit: Splits hold their labels; leave y out.")
+        if forms:
+            raise InputError("fit: Splits hold their modalities; leave forms out.")
         return x
     if y is None:
         raise InputError("fit: columns need labels; give fit(x, y), or Splits.")
-    return splits_from_arrays(as_columns(x, forms), y, forms, shares, seed)
+    columns, forms = as_columns(x, forms), as_forms(x, forms)
+    return splits_from_arrays(columns, y, forms, shares, seed)
 
 
 def as_columns(
     x,  # a dict of columns, a DataFrame or a Hugging Face dataset
-    forms=None,  # modality -> Modality, where it cannot be inferred
+    forms=None,  # as for `as_forms`; or the modalities of a `Classifier`
 ) -> dict:  # modality -> list of items, pictures as (3,H,W) pixels
-    "Columns by name, in the order of their rows"
+    "Columns by name, in the order of their rows; those that `forms` joins as one"
     names = getattr(x, "column_names", getattr(x, "columns", x))
     if not isinstance(x, dict) and names is x:
         raise InputError(
             f"{type(x).__name__} has no columns; give a dict, a DataFrame or a "
             "Hugging Face dataset, with one column per modality."
         )
-    for m in names:
-        if not (isinstance(m, str) and m.isidentifier()) or m in ("fused", *EXPLAIN):
-            raise InputError(
-                f"column {m!r} cannot name a modality; rename it to a word of letters, "
-                f"digits and _, other than fused, {', '.join(EXPLAIN)}."
-            )
-    forms = forms or {}
-    return {m: _pictures(m, as_items(m, x[m]), forms.get(m)) for m in names}
+    forms = as_forms(x, forms)
+    inside = {c for mod in forms.values() for c in mod.info.get("columns", ())}
+    for m in {**dict.fromkeys(names), **forms}:
+        if m in forms or m not in inside:
+            _check_name(m)
+    return {m: _pictures(m, v, forms.get(m)) for m, v in joined(x, forms).items()}
+
+
+def _check_name(m):
+    "Refuse a name that `explain` cannot take, or that PyTorch needs"
+    word = isinstance(m, str) and m.isidentifier()
+    taken = ("fused", *EXPLAIN)
+    if not word or m in taken or hasattr(torch.nn.ModuleDict(), m):
+        raise InputError(
+            f"column {m!r} cannot name a modality; rename it to a word of letters, "
+            f"digits and _, other than {', '.join(taken)} and the methods of PyTorch's "
+            "ModuleDict (keys, values, type, …)."
+        )
 
 
 def _pictures(m, items, mod) -> list:
@@ -784,24 +859,30 @@ def _all_finite(s: Splits) -> Splits:
             for m, v in part[i]["x"].items():
                 if v is None or isinstance(v, str):
                     continue
-                if not torch.as_tensor(v).isfinite().all():
+                what = _not_finite(v, s.modalities[m].form)
+                if what:
                     raise InputError(
-                        f"{m}: sample {i} of the {name} split holds NaN or infinity; "
-                        "fill it in, or put None in its place."
+                        f"{m}: sample {i} of the {name} split holds {what}; fill it "
+                        "in, or put None in its place."
                     )
     return s
 
 
-def _classifier(cfg, s, learn, best) -> Classifier:
+def _not_finite(item, form) -> str:
+    "What an item holds that cannot be encoded; in vectors and series NaN is a gap"
+    if form == "row":
+        return "NaN only" if _only_gaps(item) else ""  # infinity: `as_facts`
+    x = torch.as_tensor(item)
+    if form == "series":
+        return "NaN only" if x.isnan().all() else "infinity" if x.isinf().any() else ""
+    return "" if x.isfinite().all() else "NaN or infinity"
+
+
+def _classifier(cfg, s, learn, best, part) -> Classifier:
     "A learner's net with what a run would have written about it"
     valid, p = learn.validate(), learn.predictions(learn.dls.test)
-    result = {
-        "best_epoch": best + 1,
-        "test": scores(p),
-        "n_test": len(p.y),
-        "weights": getattr(learn.method.rule, "weights", None),
-        "temperatures": temperatures(valid),
-    }
+    right = _right_on_validation(learn)
+    result = _outcome(cfg, s, learn, best, valid, p, right, part)
     about = json.loads(json.dumps(_about(cfg, s, learn.net)))
     about["dataset"].setdefault("source", {"name": f"{s.name}, in memory"})
     device = str(next(learn.net.parameters()).device)
@@ -922,6 +1003,7 @@ def card(
             "|---|---|",
             *marks,
             "",
+            *_known_faults(p.result),
             "```python",
             "from mla_nb import load",
             f"load('.').explain({', '.join(f'{m}=…' for m in p.modalities)})",
@@ -934,11 +1016,18 @@ def card(
     )
 
 
+def _known_faults(result) -> list:
+    "The sentences of a result as a list, if there are any"
+    said = [f"- {text}" for text in sentences(result)]
+    return ["What these numbers say:", "", *said, ""] if said else []
+
+
 def _tested(result) -> str:
     "On which samples the accuracies were measured"
-    if result.get("tested_on") == "validation":
+    part, n = result.get("tested_on"), result["n_test"]
+    if part in ("validation", "training"):
         why = "which also chose the epoch"
-        return f"Validation accuracy in %, {result['n_test']} samples, {why}"
+        return f"{part.capitalize()} accuracy in %, {n} samples, {why}"
     return f"Test accuracy in %, {result['n_test']} samples, looked at once"
 
 # %% ../nbs/47_predict.ipynb #68a88594

@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from pretend import NAME, certain, host, posing, shared_numbers, watch
 
-from mla_nb.core import datasets, discover, splits_from_arrays
+from mla_nb.core import datasets, discover
+from mla_nb.data.arrays import splits_from_arrays
 from mla_nb.methods.base import Callback
 from mla_nb.runs import run as runs
 from mla_nb.runs.config import Run

@@ -26,20 +26,22 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
-from mla_nb.core import (
-    InputError,
-    Modality,
+from mla_nb.cli import main
+from mla_nb.core import InputError, Modality, collate, discover, methods
+from mla_nb.data.arrays import (
+    as_forms,
     as_items,
     as_labels,
-    discover,
-    methods,
+    infer_modality,
+    samples_from_arrays,
     splits_from_arrays,
 )
 from mla_nb.estimator import MultimodalClassifier, held_out
 from mla_nb.heads import make_net
 from mla_nb.methods.base import Pred, class_scores, scores
-from mla_nb.predict import Classifier, as_columns, fit, load
+from mla_nb.predict import Classifier, as_columns, fit, load, sentences
 from mla_nb.runs.config import Run
+from mla_nb.runs.run import make_dataset, run
 from mla_nb.tools import set_seed
 from mla_nb.train.checkpoints import BestEpoch, Saver, epoch_rank
 from mla_nb.train.learner import Learner, Loaders, Shuffle, _toy
@@ -61,6 +63,7 @@ def case(name):
 def adapted(source):
     "A case of the first edition with the names of this one"
     for old, new in {
+        "mla_nb.core import splits_of": "mla_nb.data.arrays import splits_from_arrays",
         "splits_of": "splits_from_arrays",
         "from mla_nb.experiments import fit": "from mla_nb.predict import fit",
         "from mla_nb.learner import scores": "from mla_nb.methods.base import scores",
@@ -205,8 +208,9 @@ def test_columns_with_temperatures_are_saved_with_them(tmp_path):
     "x, said",
     [
         ({"a": [[1.0, 2.0], [1.0]]}, r"a: row 1 has shape \(1,\) and row 0 has \(2,\)"),
-        ({"a": [[1.0, math.nan], [1.0, 2.0]]}, "a, row 0 holds NaN"),
-        ({"a": [[1.0, 2.0], [1.0, math.inf]]}, "a, row 1 holds NaN or infinity"),
+        ({"a": [[math.nan, math.nan], [1.0, 2.0]]}, "a, row 0 holds NaN only"),
+        ({"a": [[1.0, 2.0], [1.0, math.inf]]}, "a, row 1: holds infinity"),
+        ({"a": np.array([[1.0, 2.0], [1.0, math.inf]])}, "a, row 1 holds infinity"),
         ({"a": [[1.0], [[1.0, 2.0], [3.0]]]}, "a, row 1 is no array of numbers"),
         ({"a": ["x", 5]}, "a, row 1 is int and not text"),
         ({"a": [[1.0], "x"]}, "a, row 1 is str and not an array"),
@@ -488,3 +492,310 @@ def test_waves_keep_their_rate_and_length():
     assert len(p.predict(voice=waves)) == 40
     s = splits_from_arrays({"voice": waves}, [k % 2 for k in range(40)], forms)
     assert {len(v) for v in s.train.x["voice"]} == {800, 850, 900}
+
+
+# What columns are: series, vectors, categories
+
+
+def waves(n, seed=0):
+    "Series of one class each, 20 to 40 moments of two channels"
+    g, out = np.random.default_rng(seed), []
+    for k in range(n):
+        t = np.arange(g.integers(20, 41))[:, None]
+        noise = g.normal(0, 0.3, (len(t), 2))
+        out.append(np.sin((0.3, 1.2)[k % 2] * t) + noise)
+    return out
+
+
+@pytest.mark.parametrize(
+    "items, kind, form",
+    [
+        ([3, None, 4.5], "vector", "row"),
+        ([True, False], "vector", "row"),
+        (list(torch.tensor([1.0, 2.0])), "vector", "row"),
+        ([None, [1, 2, 3], [4, 5, 6]], "vector", "row"),
+        (np.zeros((2, 768)), "vector", "row"),
+        ([[1.0, "oak"], [None, "elm"]], "vector", "row"),
+        (waves(4), "series", "series"),
+        (np.zeros((4, 128, 3)), "series", "series"),
+        ([np.zeros((20, 12)), np.zeros((31, 12))], "series", "series"),
+        ([v.tolist() for v in waves(4)], "series", "series"),
+        (np.zeros((4, 64, 94)), "audio", "features"),
+        (["a b", None], "text", "text"),
+    ],
+)
+def test_what_items_are_taken_for(items, kind, form):
+    mod = infer_modality("a", items)
+    assert (mod.kind, mod.form) == (kind, form)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        np.zeros((4, 4, 4)),  # four bands or four channels?
+        np.zeros((4, 3, 128)),  # channels first?
+        [np.zeros((3, 20)), np.zeros((3, 31))],
+        [np.zeros((9, 20)), np.zeros((12, 31))],
+        np.zeros((2, 16000)),  # a second of sound?
+        np.zeros((4, 2, 2, 2)),
+    ],
+)
+def test_what_can_be_several_things_is_refused_with_the_spelling(items):
+    with pytest.raises(InputError, match=r"say .*forms=dict\(a=") as e:
+        infer_modality("a", items)
+    assert str(e.value).count(". ") == 0 and str(e.value).endswith(".")
+
+
+def numbers_of(p, m):
+    "What the preprocessor of a modality was fitted to"
+    pre = p.net.encoders[m].preprocessor
+    return type(pre).__name__, [round(v, 3) for v in pre.mean.tolist()]
+
+
+def test_columns_of_numbers_are_standardized_and_their_gaps_flagged():
+    y = np.arange(80) % 2
+    v = np.column_stack([1000.0 * y, np.full(80, 7.0)])
+    v[::7, 1] = np.nan
+    frame = pd.DataFrame({"price": 100.0 + y, "wood": np.array(["oak", "elm"])[y]})
+    frame["wood"] = frame["wood"].astype("category")
+    frame["sold"] = y == 1
+    frame["v"] = list(v)
+    frame["wave"] = waves(80)
+    p = fit(frame, y, method="mla", verbose=False, **{**FEW, "epochs": 4})
+    kinds = {m: mod.kind for m, mod in p.modalities.items()}
+    one = ("price", "wood", "sold", "v")
+    assert kinds == {**dict.fromkeys(one, "vector"), "wave": "series"}
+    assert p.modalities["wood"].info == {"columns": ["wood"], "numbers": [False]}
+    assert p.modalities["wave"].info == {"channels": 2}
+    assert numbers_of(p, "price") == ("Facts", [100.5, 0])
+    assert numbers_of(p, "v")[1] == [500, 0, 7, 0]
+    assert p.net.encoders["wood"].preprocessor.categories == [["elm", "oak"]]
+    assert p.net.encoders["sold"].preprocessor.categories == [["False", "True"]]
+    flagged = p.net.encoders["v"].preprocessor.inputs([np.array([1000.0, np.nan])])
+    assert flagged[0].tolist() == pytest.approx([1.0, 0, 0, 1])
+    assert p.score(y, **as_columns(frame, p.modalities)) > 0.9
+    assert p.predict(v=v[1], price=101.0) == p.predict(v=v[1:2], price=[101.0])[0]
+    assert p.predict(wood="elm", wave=waves(2)[1], sold=True) == "1"
+
+
+def test_columns_are_joined_to_one_vector():
+    y = np.arange(60) % 2
+    frame = pd.DataFrame({"price in €": 10.0 * y, "wood": ["oak", "elm"] * 30})
+    frame.loc[::5, "price in €"] = np.nan
+    frame.loc[::10, "wood"] = None
+    frame["note"] = ["so it is", "so it goes"] * 30
+    joint = {"facts": ["price in €", "wood"]}
+    p = fit(frame, y, joint, method="concat", verbose=False, **FEW)
+    assert list(p.modalities) == ["note", "facts"]
+    assert p.modalities["facts"].info["numbers"] == [True, False]
+    assert p.net.encoders["facts"].preprocessor.categories == [None, ["elm", "oak"]]
+    columns = as_columns(frame, p.modalities)
+    assert columns["facts"][:2] == [None, [10, "elm"]]  # as an empty cell in a file
+    assert columns["facts"][5] == [None, "elm"]
+    same = {"note": frame.note, "facts": frame[["price in €", "wood"]]}
+    again = fit(same, y, method="concat", verbose=False, **FEW)
+    assert again.predict(**same) == p.predict(**columns)
+    model = MultimodalClassifier(forms=joint, method="concat", epochs=2)
+    model.fit(frame, y)
+    assert list(model.feature_names_in_) == ["price in €", "wood", "note"]
+    assert len(model.predict(frame[::-1])) == 60
+    with pytest.raises(InputError, match="no column 'wood'"):
+        model.predict(frame.drop(columns="wood"))
+
+
+@pytest.mark.parametrize(
+    "forms, said",
+    [
+        ({"pric": "vector"}, "did you mean 'price'"),
+        ({"facts": ["price", "wod"]}, "did you mean 'wood'"),
+        ({"price": "vectr"}, "did you mean 'vector'"),
+        ({"price": "audio"}, "with the rate in Hz"),
+        ({"wood": "series"}, "wood, row 0.*(str|not a series)"),
+        ({"values": ["price"]}, "'values' cannot name a modality"),
+    ],
+)
+def test_a_wrong_declaration_is_refused(forms, said):
+    frame = pd.DataFrame({"price": [1.0, 2.0] * 20, "wood": ["oak", "elm"] * 20})
+    with pytest.raises(InputError, match=said):
+        fit(frame, [0, 1] * 20, forms, verbose=False, **FEW)
+
+
+def test_a_word_in_a_column_of_numbers_is_named():
+    x = {"a": [[1.0, "oak"], ["n/a", "elm"]] * 10}
+    with pytest.raises(InputError, match="a, row 1: 'n/a' stands in a column of num"):
+        fit(x, [0, 1] * 10, **FEW)
+
+
+def test_columns_are_said_in_a_line(capsys):
+    x = {"pulse": waves(60), "wood": ["oak", "elm"] * 30}
+    fit(x, [0, 1] * 30, **FEW)
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "pulse: series of 2 channels, wood: text"
+    assert "forms=dict(wood='vector')" in second
+    fit(x, [0, 1] * 30, {"wood": "vector"}, **FEW)
+    assert "wood: vector of 1 category\n" in capsys.readouterr().out
+
+
+def test_names_that_moved_still_lead_there():
+    with pytest.warns(DeprecationWarning, match="mla_nb.data.arrays.as_items"):
+        from mla_nb.core import as_items as old
+    assert old is as_items
+    with pytest.raises(ImportError):
+        from mla_nb.core import as_item  # noqa: F401
+
+
+# What a training says about itself
+
+
+def test_a_fit_says_what_a_run_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = {"n_train": 60, "n_valid": 30, "n_test": 40, "size": 16}
+    same = {"method": "mla", "epochs": 2, "encoder": "small", "threads": 1}
+    cfg = Run(dataset_args=data, progress=False, **same)
+    s, stored = make_dataset(cfg), run(cfg)
+    capsys.readouterr()
+    p = fit(s, **same)
+    keys = {"id", "run", "seconds", "environment", "split"}
+    assert set(p.result) == set(stored) - {"id"}
+    for k in set(stored) - keys:
+        assert p.result[k] == stored[k], k
+    said = sentences(p.result)
+    assert said and capsys.readouterr().out.splitlines() == said
+    fit(s, verbose=False, **same)
+    assert capsys.readouterr().out == ""
+    again = load(p.save("saved"))
+    assert sentences(again.result) == said
+    page = (tmp_path / "saved/README.md").read_text()
+    assert all(f"- {text}\n" in page for text in said)
+
+
+def test_findings_name_the_rows_they_were_measured_on():
+    same, y = pd.DataFrame({"a": list(np.ones((60, 3)))}), np.arange(60) % 2
+    model = MultimodalClassifier(epochs=1, random_state=0)
+    for share, part in ((0.1, "validation"), (0, "training")):
+        model.set_params(validation_fraction=share)
+        model.fit(same, y)
+        result = model.classifier_.result
+        assert result["tested_on"] == part
+        assert any(f"samples of {part}" in text for text in result["findings"])
+        assert not any("test split" in text for text in result["thin_classes"])
+
+
+# One table: in memory, saved, as a graph, and as files with a report
+
+
+def seats(n=36, seed=0):
+    "Two pictures, a ragged series, a price and a wood per row; each may be missing"
+    g, y = np.random.default_rng(seed), np.arange(n) % 2
+    pixels = g.integers(0, 60, (n, 2, 16, 16, 3)) + 150 * y[:, None, None, None, None]
+    front, back = (list(pixels[:, k].astype(np.uint8)) for k in (0, 1))
+    frame = pd.DataFrame({"front": front, "back": back, "wave": waves(n, seed)})
+    frame["price"] = 100 + 20.0 * y
+    frame["wood"] = np.array(["oak", "elm"])[y]
+    for k, name in enumerate(("front", "back", "wave")):
+        frame.loc[frame.index % 9 == k, name] = None
+    frame.loc[frame.index % 5 == 0, "price"] = np.nan
+    frame.loc[frame.index % 7 == 0, "wood"] = None
+    return frame.sample(frac=1, random_state=seed), np.array(["sell", "keep"])
+
+
+def stored(frame, y, folder):
+    "The same table as files"
+    folder.mkdir()
+    out = frame.assign(verdict=y)
+    for i, r in frame.iterrows():
+        for side in ("front", "back"):
+            if r[side] is not None:
+                Image.fromarray(r[side]).save(folder / f"{side}{i}.png")
+                out.loc[i, side] = f"{side}{i}.png"
+        if r.wave is not None:
+            np.save(folder / f"{i}.npy", r.wave)
+            out.loc[i, "wave"] = f"{i}.npy"
+    out.to_csv(folder / "seats.csv", index=False)
+    return folder / "seats.csv"
+
+
+JOINT = {"facts": ["price", "wood"]}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_table_is_fitted_scored_saved_and_exported(tmp_path):
+    frame, names = seats()
+    y = names[frame.index % 2]
+    p = fit(frame, y, JOINT, method="mla", verbose=False, **{**FEW, "epochs": 5})
+    kinds = {m: (mod.kind, mod.form) for m, mod in p.modalities.items()}
+    images = dict.fromkeys(("front", "back"), ("image", "image"))
+    more = {"wave": ("series", "series"), "facts": ("vector", "row")}
+    assert kinds == {**images, **more}
+    model = MultimodalClassifier(method="mla", forms=JOINT, epochs=4, batch_size=16)
+    assert cross_val_score(model, frame, y, cv=2).mean() > 0.8
+    new, names = seats(10, seed=1)
+    asked = as_columns(new, p.modalities)
+    again = load(p.save(tmp_path / "saved"))
+    told = again.explain(**asked)
+    assert told.names == p.predict(**asked)
+    assert again.score(names[new.index % 2], **asked) > 0.8
+    told.plot()
+    run_onnx = pytest.importorskip("mla_nb.export").run_onnx
+    pytest.importorskip("onnxruntime")
+    graph = run_onnx(again.export(tmp_path / "seats.onnx"))
+    read = [{"x": x, "y": 0, "idx": i} for i, x in enumerate(told.items)]
+    b = collate(read, {m: e.preprocessor for m, e in again.net.encoders.items()})
+    fused = graph(b.x, torch.stack([b.present[m] for m in b.x], 1))[0]
+    assert torch.as_tensor(fused).softmax(1).allclose(told.probs, atol=1e-5)
+
+
+def test_the_same_table_as_files_has_the_same_items_and_a_report(tmp_path, monkeypatch):
+    pm = pytest.importorskip("papermill")
+    monkeypatch.chdir(tmp_path)
+    frame, names = seats(60)
+    y = names[frame.index % 2]
+    what = "label=verdict,front:image,back:image,wave:series,facts=price+wood:vector"
+    table = stored(frame, y, tmp_path / "files")
+    main(["prepare", "own", "--table", str(table), "--columns", what, "--size", "16"])
+    s = make_dataset(Run(dataset="own", dataset_args="variant=seats"))
+    columns = as_columns(frame, JOINT)
+    ours, _, modalities = samples_from_arrays(columns, y, as_forms(frame, JOINT))
+    for m, mod in s.modalities.items():
+        assert (mod.kind, mod.form) == (modalities[m].kind, modalities[m].form)
+    assert s.modalities["facts"].info == modalities["facts"].info
+    for part in s.parts.values():
+        for i, name in enumerate(part.ids):
+            item = part[i]["x"]
+            mine = {m: v[int(name) - 1] for m, v in ours.x.items()}
+            assert {m for m, v in item.items() if v is None} == {
+                m for m, v in mine.items() if v is None
+            }
+            assert item["facts"] is None or item["facts"] == mine["facts"]
+            if item["wave"] is not None:
+                assert torch.as_tensor(item["wave"]).allclose(mine["wave"])
+    report = ROOT / "nbs/experiments/run.ipynb"
+    fields = {"dataset": "own", "dataset_args": "variant=seats", "method": "mla"}
+    fields |= {**FEW, "progress": False}
+    done = pm.execute_notebook(report, "report.ipynb", fields, progress_bar=False)
+    outputs = [o for c in done.cells for o in c.get("outputs", [])]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 4
+
+
+def test_a_saved_classifier_answers_a_table_of_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    frame, names = seats(60)
+    p = fit(frame, names[frame.index % 2], JOINT, verbose=False, **{**FEW, "epochs": 4})
+    p.save("saved")
+    new, names = seats(12, seed=1)
+    table = stored(new, names[new.index % 2], tmp_path / "files")
+    text = table.read_text().replace("verdict", "label").replace("100.0", '"100,0"')
+    table.write_text(text)
+    main(["predict", "saved", "--csv", str(table), "--out", "told.csv"])
+    told = pd.read_csv("told.csv")
+    assert list(told.answer) == p.predict(**as_columns(new, p.modalities))
+
+
+def test_a_category_may_be_a_number():
+    y = np.arange(60) % 2
+    frame = pd.DataFrame({"size": pd.Categorical(40 + y), "shop": y})
+    p = fit(frame, y, verbose=False, **{**FEW, "epochs": 6})
+    assert p.net.encoders["size"].preprocessor.categories == [["40", "41"]]
+    assert p.predict(size=[40, 41.0, "41"]) == ["0", "1", "1"]
+    joint = fit(frame, y, {"both": ["size", "shop"]}, verbose=False, **FEW)
+    assert joint.modalities["both"].info["numbers"] == [False, True]

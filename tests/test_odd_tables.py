@@ -15,7 +15,8 @@ import torch
 from conftest import SHARED
 from PIL import Image
 
-from mla_nb.core import InputError, check_dataset, splits_from_arrays
+from mla_nb.core import InputError, check_dataset
+from mla_nb.data.arrays import splits_from_arrays
 from mla_nb.data.media import load_prepared, media_options, read_media, share_out
 from mla_nb.data.own import (
     as_number,
@@ -410,8 +411,8 @@ def case(capsys):
         text = file.read_text()
         for old, new in (
             (
-                "core import splits_of\n",
-                "core import splits_from_arrays as splits_of\n",
+                "mla_nb.core import splits_of\n",
+                "mla_nb.data.arrays import splits_from_arrays as splits_of\n",
             ),
             ("mla_nb.experiments import fit", "mla_nb.predict import fit"),
         ):

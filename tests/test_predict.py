@@ -418,7 +418,7 @@ def test_the_head_may_decide(root, s):
 
 def test_fit_in_memory_then_save_and_load(here):
     from mla_nb import fit
-    from mla_nb.core import splits_from_arrays
+    from mla_nb.data.arrays import splits_from_arrays
 
     torch.manual_seed(0)
     y = torch.randint(2, (120,))

@@ -1037,7 +1037,7 @@ def media_main(
         if not made:
             return prepare_it(root, **a)
         small = miniature(name, Path(a["data"]) / "raw" / f"{name}-miniature")
-        print(f"{small}: a made miniature of {name}; nothing in it was recorded")
+        print(f"{small}: a synthetic miniature of {name}; nothing in it was recorded")
         little = {k: v for k, v in SMALL.items() if extra.get(k, v) is not None}
         little |= {**known[preset], "size": SMALL["size"]}
         if little.get("store"):

@@ -62,6 +62,8 @@ class Facts(Preprocessor):
 
     def fit(self, items, limit: int = 50) -> "Facts":
         "Kinds, means and deviations of training rows; at most `limit` categories"
+        if (x := _as_numbers(items)) is not None:
+            return self._fit_numbers(x)
         rows = [as_facts(i) for i in items]
         if len({len(r) for r in rows}) > 1:
             raise InputError(
@@ -79,6 +81,20 @@ class Facts(Preprocessor):
                 self.std[at] = x.std(correction=0).clamp(min=1e-6)
         return self
 
+    def _fit_numbers(self, x):
+        "The same for (N,D) numbers, all columns at once"
+        known = ~x.isnan()
+        count = known.sum(0).clamp(min=1)
+        mean = x.nan_to_num().sum(0) / count
+        squares = ((x - mean).nan_to_num() ** 2).sum(0)
+        std = (squares / count).sqrt().clamp(min=1e-6)
+        some = known.any(0)
+        self.categories = [None] * x.shape[1]
+        self.mean, self.std = torch.zeros(self.width), torch.ones(self.width)
+        self.mean[0::2] = mean.float()
+        self.std[0::2] = torch.where(some, std, torch.ones_like(std)).float()
+        return self
+
     @property
     def width(self) -> int:
         "Numbers per row: each column's values and its flag"
@@ -94,6 +110,11 @@ class Facts(Preprocessor):
 
     def encode(self, item):
         "(D,) of one row: numbers as they are, categories one-hot, a flag for each gap"
+        x = _as_numbers([item]) if not any(self.categories) else None
+        if x is not None and x.shape[1] == len(self.categories):
+            gap, x = x[0].isnan(), x[0].float()
+            x = torch.where(gap, self.mean[0::2].to(x), x)
+            return torch.stack([x, gap.to(x)], 1).flatten()
         facts, out = as_facts(item), []
         if len(facts) != len(self.categories):
             raise InputError(
@@ -106,13 +127,26 @@ class Facts(Preprocessor):
                 usual = float(self.mean[len(out)])
                 out += [usual if number is None else number, float(number is None)]
             else:
-                known = str(v) in names if v is not None else False
-                out += [float(str(v) == n) for n in names] + [float(not known)]
+                name = None if v is None else _name(v)
+                out += [float(name == n) for n in names] + [float(name not in names)]
         return torch.tensor(out)
 
     def normalize(self, x):
         "(B,D) with mean 0 and deviation 1 in the columns of numbers"
         return (x - self.mean) / self.std
+
+
+def _as_numbers(items):
+    "Tensors or arrays (D,) of finite numbers and NaN as (N,D); None for other items"
+    shapes = {tuple(getattr(i, "shape", ())) for i in items}
+    if len(shapes) != 1 or len([*shapes][0]) != 1:
+        return None
+    try:
+        x = torch.stack([torch.as_tensor(i) for i in items])
+    except (TypeError, ValueError):  # an array of objects
+        return None
+    plain = x.dtype != torch.bool and x.shape[1] and not x.isinf().any()
+    return x.double() if plain else None
 
 
 def _number(v):
@@ -122,11 +156,16 @@ def _number(v):
     return v
 
 
+def _name(v) -> str:
+    "A category that is written as a number, without needless digits"
+    return v if isinstance(v, str) else f"{v:g}"
+
+
 def _categories(values, limit):
     "None for a column of numbers; else its names, the most frequent ones"
     if all(isinstance(v, float) for v in values):
         return None
-    names = [str(v) for v in values]
+    names = [_name(v) for v in values]
     counts = {n: names.count(n) for n in dict.fromkeys(names)}
     return sorted(sorted(counts, key=counts.get, reverse=True)[:limit])
 

@@ -615,19 +615,25 @@ def _finish(folder, cfg, s, learn):
     if not is_main():
         return
     save_pred(p, folder.predictions)
-    found = _result(folder, cfg, s, learn, valid, p)
-    found |= appraise(p, found["valid"]["accuracy"], right)
-    found |= {"findings": findings(found), "thin_classes": _thin(s)}
-    found = _plain(found)
+    best = next(c for c in learn.callbacks if isinstance(c, Saver)).best[2]
+    told = _outcome(cfg, s, learn, best, valid, p, right)
+    found = {"id": folder.path.name, **told}
     folder.write_checksums(folder.history)
     write_atomic(folder.result, json.dumps(found, indent=1))
     folder.write_checksums(folder.result)
     remove_checkpoints(folder.path)  # last: until here a crash loses nothing
 
 
-def _thin(s) -> list:
-    "Sentences about classes that a split lacks or hardly has"
-    return thin_classes(class_counts(s))
+def _outcome(cfg, s, learn, best, valid, p, right, part="test") -> dict:
+    "What a training says about itself, with a folder or without; plain numbers"
+    found = _result(cfg, s, learn, best, valid, p)
+    found |= appraise(p, found["valid"]["accuracy"], right)
+    counts = class_counts(s)
+    if part != "test":  # the split `test` is another one again
+        found["tested_on"] = part
+        del counts["test"]
+    said = {"findings": findings({**found, "part": part})}
+    return _plain(found | said | {"thin_classes": thin_classes(counts)})
 
 
 def _right_on_validation(learn) -> dict:
@@ -649,11 +655,9 @@ def _load_best(folder, learn):
     learn.runtime.share(learn.net)  # all predict, a part each
 
 
-def _result(folder, cfg, s, learn, valid, p) -> dict:
-    "What result.json holds"
-    best = next(c for c in learn.callbacks if isinstance(c, Saver)).best[2]
+def _result(cfg, s, learn, best, valid, p) -> dict:
+    "Choice of the epoch, scores and costs"
     return {
-        "id": folder.path.name,
         "run": cfg.what,
         "best_epoch": best + 1,
         "valid": learn.history[best]["valid"],
