@@ -31,6 +31,7 @@ from mla_nb.core import (
     validate_option,
 )
 from .data.decode import decode_image, load_wave
+from .data.media import has_sound
 from .evaluation import temperatures
 from .heads import Net
 from .methods.base import Method, Pred, predict, scores
@@ -523,10 +524,22 @@ class Classifier:
 
     def read(self, sample: dict, key: str = "") -> dict:
         "{modality: item, or None} of {modality: source}"
+        sample = self._with_sound(sample)
         return {
             m: read_item(m, sample[m], self.about, key) if m in sample else None
             for m in self.modalities
         }
+
+    def _with_sound(self, sample) -> dict:
+        "A clip brings its sound along, where the run was trained so and it has some"
+        out = dict(sample)
+        for m, mod in self.modalities.items():
+            of = mod.info.get("of")
+            clip = _where(of, sample[of]) if of in sample and m not in sample else None
+            if isinstance(clip, (str, Path)) and has_sound(clip):
+                span = sample[of].get("span") if isinstance(sample[of], dict) else None
+                out[m] = {"path": clip, "span": span} if span else clip
+        return out
 
     @torch.inference_mode()
     def predict_items(self, items: list) -> Pred:
