@@ -136,6 +136,22 @@ def test_every_kind_of_recording_is_as_loud_as_libsndfile_says(form, subtype):
     assert len(part) == (len(want) + 1) // 2
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_every_link_of_a_chained_ogg_is_read(tmp_path, subtype):
+    "Radio recorders write one link per song; libsndfile stops after the first"
+    parts = [_coded("OGG", subtype, TONE), _coded("OGG", subtype, TONE[:16000] / 2)]
+    whole = torch.cat([decode_wave(p)[0] for p in parts])
+    chained = b"".join(parts)
+    assert decode_wave(chained)[0].equal(whole)
+    path = tmp_path / "radio.ogg"
+    path.write_bytes(chained)
+    assert sound_of(path, 16000, (2.25, 2.75)).equal(whole[36000:44000])
+    assert sound_of(path, 16000, (1.5, 2.5)).equal(whole[24000:40000])
+    half = parts[0] + parts[1][:300]
+    with pytest.raises(InputError, match=r"damaged after 2\.00 s"):
+        decode_wave(half)
+
+
 def test_a_flac_that_does_not_say_how_long_it_is(tmp_path):
     data = bytearray(_coded("FLAC", "PCM_16"))
     data[21] &= 0xF0  # 36 bits for the number of samples
