@@ -11,6 +11,7 @@ __all__ = ['exporters', 'NOT_IN_MEMORY', 'WITH_A_FOLDER', 'EXPLAIN', 'as_pixels'
 # %% ../nbs/47_predict.ipynb #4f083398
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -667,9 +668,14 @@ def name_of(sample: dict, i: int = 0) -> str:
         for m, v in sample.items()
         for w in [_where(m, v)]
         if isinstance(w, Path)
-        or (isinstance(w, str) and m != "text" and Path(w).suffix[1:].isalnum())
+        or (isinstance(w, str) and m != "text" and _is_named(w))
     ]
     return Path(files[0]).stem if files else f"sample {i}"
+
+
+def _is_named(source) -> bool:
+    "Does a text name a file, or a folder of pictures?"
+    return Path(source).suffix[1:].isalnum() or os.path.isdir(source)
 
 # %% ../nbs/47_predict.ipynb #24d3bc1d
 def verify_files(
