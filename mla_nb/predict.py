@@ -667,8 +667,7 @@ def name_of(sample: dict, i: int = 0) -> str:
         str(w)
         for m, v in sample.items()
         for w in [_where(m, v)]
-        if isinstance(w, Path)
-        or (isinstance(w, str) and m != "text" and _is_named(w))
+        if isinstance(w, Path) or (isinstance(w, str) and m != "text" and _is_named(w))
     ]
     return Path(files[0]).stem if files else f"sample {i}"
 

@@ -879,7 +879,8 @@ def own_main(
         default="",
         metavar="WHAT",
         help="what the columns hold, e.g. 'photo:image,back:image,facts=price+rooms:"
-        "vector,label=class' or 'clip:video+audio', or 'infer'; default: columns by their usual names",
+        "vector,label=class', 'clip:video+audio' (its sound, too), or 'infer'; "
+        "default: columns by their usual names",
     )
     p.add_argument(
         "--name",
