@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,7 +153,7 @@ def test_a_run_says_how_many_texts_it_cuts(table, here, capsys):
 
 
 def cut_length(made):
-    stored = json.load(open(f"runs/{made['id']}/preprocessors.json"))
+    stored = json.loads(Path(f"runs/{made['id']}/preprocessors.json").read_text())
     return stored["text"]["length"]
 
 

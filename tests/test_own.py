@@ -20,9 +20,9 @@ from mla_nb.data.decode import encode_image
 from mla_nb.data.media import load_prepared, write_video
 from mla_nb.data.miniature import miniature
 from mla_nb.data.own import (
+    kind_of,
     kinetics_rows,
     kinetics_splits,
-    kind_of,
     own,
     own_classes,
     own_example,
@@ -572,7 +572,7 @@ def test_a_folder_of_frames_and_the_sound_of_a_clip(here, capsys):
         assert ("clip_sound" in said) == (name == "clip19.mp4"), said
     out = ["--csv", "films/films.csv", "--out", "out.csv"]
     main(["predict", f"runs/{made['id']}", *out])
-    rows = list(csv.DictReader(open("out.csv")))
+    rows = list(csv.DictReader(Path("out.csv").read_text().splitlines()))
     assert not any(r["reason"] for r in rows)
     assert [r["weight_clip_sound"] != "" for r in rows] == 4 * (
         [False, True, True, True, False, False]
