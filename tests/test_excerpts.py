@@ -16,7 +16,8 @@ from mla_nb.data.own import own, prepare_own
 from mla_nb.data.prepared import load_prepared
 from mla_nb.encoders.base import check_encoder
 from mla_nb.encoders.excerpts import Excerpts, OverExcerpts, over_excerpts
-from mla_nb.encoders.text import Tokens
+from mla_nb.encoders.hub import HubTokens
+from mla_nb.encoders.text import Tokens, train_tokenizer
 from mla_nb.features import extract
 from mla_nb.predict import load
 from mla_nb.reliability import doctor
@@ -168,3 +169,12 @@ def test_only_texts_that_are_longer_count(table, here):
         assert not n or found[0].startswith(f"text: {n} of 40")
     tokens.length = 2
     assert cut_texts({"text": tokens}, s, 10)[0].startswith("text: 10 of 10")
+
+
+def test_tokenizers_of_the_hub_cut_by_themselves_and_are_asked(table, here):
+    prepare_own(table, "long", **TINY, progress=False)
+    s = make_dataset(config("long"))
+    words = train_tokenizer(s.train.column("text"))
+    for length, n in ((2, 40), (3, 1), (40, 0)):
+        found = cut_texts({"text": HubTokens(words, length)}, s)
+        assert [f.split(" of ")[0] for f in found] == [f"text: {n}"] * (n > 0)

@@ -15,7 +15,7 @@ import soundfile as sf
 from conftest import POINTER, killed_at_the_second_shard, script
 
 from mla_nb.cli import main
-from mla_nb.core import InputError, check_dataset, datasets
+from mla_nb.core import InputError, Modality, check_dataset, datasets
 from mla_nb.data.decode import encode_image
 from mla_nb.data.media import load_prepared, write_video
 from mla_nb.data.miniature import miniature
@@ -33,6 +33,7 @@ from mla_nb.data.own import (
     read_table,
 )
 from mla_nb.predict import load
+from mla_nb.predict_table import _stamp
 from mla_nb.runs.run import Run, run
 
 SMALL = {"audio": "log_mel", "seconds": 1.5, "size": 24, "progress": False}
@@ -595,3 +596,14 @@ def test_folders_of_frames_in_a_table(here):
         read_table(table, "clip:video")
     with pytest.raises(InputError, match="did you mean 'video"):
         read_table(table, "clip:video+sound")
+
+
+def test_an_answer_about_a_folder_is_old_when_one_of_its_pictures_changes(here):
+    films(here / "films", 1)
+    clip, mod = here / "films/clip0", Modality("video", "frames")
+    before = _stamp(str(clip), mod)
+    assert _stamp(str(clip), mod) == before
+    picture = np.zeros((3, 32, 32), "u1")
+    (clip / "f2.png").write_bytes(encode_image(picture, "PNG"))
+    assert _stamp(str(clip), mod) != before
+    assert _stamp(str(here / "none.mp4"), mod) == [str(here / "none.mp4")]

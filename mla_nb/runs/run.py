@@ -639,7 +639,7 @@ def cut_texts(
     "How many training texts are longer than their encoder reads"
     out = []
     for m, p in preprocessors.items():
-        if s.modalities[m].form != "text" or not hasattr(p, "encoded"):
+        if s.modalities[m].form != "text" or not getattr(p, "tokenizer", ""):
             continue
         column = s.train.column(m)
         rows = evenly(len(column), min(most, len(column)))
