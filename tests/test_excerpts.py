@@ -73,10 +73,15 @@ def test_without_the_option_nothing_is_stored_otherwise():
             media_options(excerpts=bad)
 
 
+def test_excerpts_of_no_sound_are_refused(table, here):
+    with pytest.raises(InputError, match="excerpts=2: there is no sound"):
+        prepare_own(table, "no", columns="text:text", excerpts=2, progress=False)
+
+
 def config(variant, **more):
     return Run(
-        dataset="own", dataset_args=f"variant={variant}", epochs=2, batch_size=8,
-        lr=0.003, optimizer="adamw", **{"progress": False, "workers": 0, **more},
+        dataset="own", dataset_args=f"variant={variant}", epochs=2, lr=0.003,
+        optimizer="adamw", **{"batch_size": 8, "progress": False, "workers": 0, **more},
     )  # fmt: skip
 
 
@@ -111,14 +116,15 @@ def test_every_epoch_draws_by_seed_epoch_and_sample(table, here):
     prepare_own(table, "long", **TINY, excerpts=4, progress=False)
     s = own(variant="long")
 
-    def heard(epoch, batch_size):
-        dls = build(config("long", method="concat").replace(batch_size=batch_size), s)
-        dls.dls.sampler.epoch, out = epoch, {}
-        for b in dls.dls.train:
+    def heard(epoch, batch_size, workers=0):
+        learn = build(config("long", batch_size=batch_size, workers=workers), s)
+        learn.dls.sampler.epoch, out = epoch, {}
+        for b in learn.dls.train:
             out |= dict(zip(b.idx.tolist(), b.x["audio"]))
         return torch.stack([out[i] for i in sorted(out)])
 
     assert heard(0, 8).equal(heard(0, 20))
+    assert heard(0, 8).equal(heard(0, 8, workers=2))
     assert not heard(0, 8).equal(heard(1, 8))
     stored = torch.stack([s.train[i]["x"]["audio"] for i in range(40)])
     drawn = [(stored == heard(k, 8)).all(-1).all(-1).float().argmax(1) for k in (0, 1)]

@@ -581,12 +581,19 @@ def test_a_folder_of_frames_and_the_sound_of_a_clip(here, capsys):
 
 
 def test_folders_of_frames_in_a_table(here):
-    table = films(here / "films", 12)
+    table = films(here / "films", 24)
     lines = read_cells(table)
     clips = [row["clip"] for _, row in lines]
     assert kind_of(clips, here / "films") == "video"
     assert kind_of(["clip0", "clip6"], here / "films") == "video"
     assert kind_of(["clip0", "clip6"], here) != "video"
+    prepare_own(table, "guessed", columns="infer", **SMALL)
+    assert own(variant="guessed").modalities["clip"].kind == "video"
+    text = table.read_text().replace("clip,split", "video,split")
+    (here / "films/usual.csv").write_text(text)
+    prepare_own(here / "films/usual.csv", "usual", **SMALL)
+    train = own(variant="usual").train
+    assert {len(train[i]["x"]["video"]) for i in range(len(train))} == {3}
 
     def timed(rows):
         return [r | {"start": "0", "end": "1"} for r in rows]

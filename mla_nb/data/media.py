@@ -924,11 +924,17 @@ def prepare_media(
             f"{name}: {', '.join(map(repr, new[:3]))} in validation or test but in no "
             "training sample; every class tested must be trained: split otherwise."
         )
+    mods = names if read else media_modalities(names, o)
+    if "excerpts" in o and all(mod.kind != "audio" for mod in mods.values()):
+        raise InputError(
+            f"excerpts={o['excerpts']}: there is no sound to take them from; leave "
+            "that out."
+        )
     out = prepare(
         out or media_folder(name, data, variant),
         name,
         classes,
-        names if read else media_modalities(names, o),
+        mods,
         splits,
         partial(read or read_media, o=o),
         dict(source, sha256=_rows_sha(splits)),
