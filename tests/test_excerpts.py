@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import soundfile as sf
@@ -19,6 +20,7 @@ from mla_nb.encoders.excerpts import Excerpts, OverExcerpts, over_excerpts
 from mla_nb.encoders.hub import HubTokens
 from mla_nb.encoders.text import Tokens, train_tokenizer
 from mla_nb.features import extract
+from mla_nb.missing import draw_item
 from mla_nb.predict import load
 from mla_nb.reliability import doctor
 from mla_nb.runs.run import Run, build, cut_texts, make_dataset, run
@@ -144,6 +146,16 @@ def test_encoders_over_excerpts_keep_the_contract(name):
     again.load_state_dict(enc.state_dict())
     x = enc.preprocessor.inputs(items)
     assert again(again.preprocessor.inputs(items)).equal(enc(x))
+
+
+@pytest.mark.parametrize("feature", ["log_mel", "fbank"])
+def test_excerpts_are_drawn_side_by_side(feature):
+    shape = [3, 64, 20] if feature == "log_mel" else [3, 20, 64]
+    mod = Modality("audio", "features", {"shape": shape, "feature": feature})
+    fig, ax = plt.subplots()
+    draw_item(ax, torch.randn(shape), mod)
+    assert ax.images[0].get_array().shape == (64, 60)
+    plt.close(fig)
 
 
 # texts --------------------------------------------------------------------------------
