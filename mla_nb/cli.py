@@ -199,7 +199,8 @@ def summary(
     if r["bayes"]:
         lines.append(row("*Bayes accuracy*", r["bayes"]))
     single = r.get("single")
-    said = [*(r.get("findings") or ()), *(r.get("thin_classes") or ())]
+    keys = "findings", "thin_classes", "cut_texts"
+    said = [text for k in keys for text in r.get(k) or ()]
     if single:
         said.insert(0, f"best single modality on validation: {single['modality']}")
     return "\n".join([*lines, *([""] if said else []), *said])

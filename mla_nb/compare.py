@@ -981,6 +981,7 @@ def run_findings(
         *_against_single(r, p),
         *findings({k: r.get(k) for k in ("contributions", "mean_weights")}),
         *(r.get("thin_classes") or ()),
+        *(r.get("cut_texts") or ()),
     ]
     bayes = (r.get("bayes") or {}).get("fused")
     if bayes:

@@ -313,6 +313,8 @@ def draw_item(ax, item, mod: Modality):
 def _upright(item, mod):
     "(F,T), low frequencies first; a filter bank is stored the other way round"
     x = torch.as_tensor(item).float()
+    if x.dim() == 3:  # several excerpts of a recording, side by side
+        return torch.cat([_upright(k, mod) for k in x], 1)
     return x.T if mod.info.get("feature") == "fbank" else x
 
 

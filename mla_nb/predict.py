@@ -11,6 +11,7 @@ __all__ = ['exporters', 'NOT_IN_MEMORY', 'WITH_A_FOLDER', 'EXPLAIN', 'as_pixels'
 # %% ../nbs/47_predict.ipynb #4f083398
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from mla_nb.data.arrays import (
     taken_for,
 )
 from .data.decode import decode_image, load_wave
+from .data.media import has_sound
 from .data.own import as_number, series_of
 from .heads import Net
 from .methods.base import Method, Pred, predict
@@ -570,10 +572,22 @@ class Classifier:
 
     def read(self, sample: dict, key: str = "") -> dict:
         "{modality: item, or None} of {modality: source}"
+        sample = self._with_sound(sample)
         return {
             m: read_item(m, sample[m], self.about, key) if m in sample else None
             for m in self.modalities
         }
+
+    def _with_sound(self, sample) -> dict:
+        "A clip brings its sound along, where the run was trained so and it has some"
+        out = dict(sample)
+        for m, mod in self.modalities.items():
+            of = mod.info.get("of")
+            clip = _where(of, sample[of]) if of in sample and m not in sample else None
+            if isinstance(clip, (str, Path)) and has_sound(clip):
+                span = sample[of].get("span") if isinstance(sample[of], dict) else None
+                out[m] = {"path": clip, "span": span} if span else clip
+        return out
 
     @torch.inference_mode()
     def predict_items(self, items: list) -> Pred:
@@ -700,10 +714,14 @@ def name_of(sample: dict, i: int = 0) -> str:
         str(w)
         for m, v in sample.items()
         for w in [_where(m, v)]
-        if isinstance(w, Path)
-        or (isinstance(w, str) and m != "text" and Path(w).suffix[1:].isalnum())
+        if isinstance(w, Path) or (isinstance(w, str) and m != "text" and _is_named(w))
     ]
     return Path(files[0]).stem if files else f"sample {i}"
+
+
+def _is_named(source) -> bool:
+    "Does a text name a file, or a folder of pictures?"
+    return Path(source).suffix[1:].isalnum() or os.path.isdir(source)
 
 # %% ../nbs/47_predict.ipynb #24d3bc1d
 def verify_files(

@@ -62,7 +62,12 @@ def _request(path, k, n, cells, mods):
             f"{path}, line {k}: there is no id; fill in all of that column, or remove "
             "it."
         )
-    sources = {m: _source(path, m, mod, cells) for m, mod in mods.items()}
+    sources = {
+        m: _source(path, m, mod, cells)
+        for m, mod in mods.items()
+        # the sound of a clip comes with it
+        if m in cells or mod.info.get("of") not in mods
+    }
     sources = {m: v for m, v in sources.items() if v}
     if cells.get("text_file"):
         sources["text"] = path.parent / cells["text_file"]
@@ -210,8 +215,10 @@ def _stamp(v, mod):
     if mod.kind == "text" and isinstance(v, str) or isinstance(v, list):
         return v
     try:
-        s = os.stat(v)
-        return [str(v), s.st_size, s.st_mtime_ns]
+        # of a folder of pictures, every one counts
+        inside = sorted(Path(v).iterdir()) if os.path.isdir(v) else [v]
+        found = [os.stat(p) for p in inside]
+        return [str(v), *sum(([s.st_size, s.st_mtime_ns] for s in found), [])]
     except OSError:
         return [str(v)]
 

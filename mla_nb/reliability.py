@@ -420,7 +420,8 @@ def _check_result(folder) -> str:
             f"{folder.path}: the predictions do not give the accuracies of "
             "result.json; make the run again."
         )
-    return f"{fused}, which the stored predictions confirm"
+    cut = "".join(f"; {text.rstrip('.')}" for text in r.get("cut_texts") or ())
+    return f"{fused}, which the stored predictions confirm{cut}"
 
 # %% ../nbs/51_reliability.ipynb #d0777d4b
 def doctor(

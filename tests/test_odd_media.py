@@ -136,6 +136,22 @@ def test_every_kind_of_recording_is_as_loud_as_libsndfile_says(form, subtype):
     assert len(part) == (len(want) + 1) // 2
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_every_link_of_a_chained_ogg_is_read(tmp_path, subtype):
+    "Radio recorders write one link per song; libsndfile stops after the first"
+    parts = [_coded("OGG", subtype, TONE), _coded("OGG", subtype, TONE[:16000] / 2)]
+    whole = torch.cat([decode_wave(p)[0] for p in parts])
+    chained = b"".join(parts)
+    assert decode_wave(chained)[0].equal(whole)
+    path = tmp_path / "radio.ogg"
+    path.write_bytes(chained)
+    assert sound_of(path, 16000, (2.25, 2.75)).equal(whole[36000:44000])
+    assert sound_of(path, 16000, (1.5, 2.5)).equal(whole[24000:40000])
+    half = parts[0] + parts[1][:300]
+    with pytest.raises(InputError, match=r"damaged after 2\.00 s"):
+        decode_wave(half)
+
+
 def test_a_flac_that_does_not_say_how_long_it_is(tmp_path):
     data = bytearray(_coded("FLAC", "PCM_16"))
     data[21] &= 0xF0  # 36 bits for the number of samples
@@ -610,3 +626,65 @@ def test_cases_end_right(tmp_path, monkeypatch, capsys, name):
     for right in RIGHT[name]:
         assert re.search(right, said, re.M), said
     assert "Error:" not in said
+
+
+# a folder of pictures is a video ------------------------------------------------------
+
+
+def shots(folder, names, size=(16, 12), **more):
+    "Pictures whose gray tells their place in `names`"
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, name in enumerate(names):
+        gray = np.full((*size[::-1], 3), 10 * k, "u1")
+        Image.fromarray(gray).save(folder / name, **more)
+    return folder
+
+
+def test_frames_in_a_folder_are_in_the_order_of_their_numbers(tmp_path):
+    names = ["frame1.png", "frame2.png", "frame10.png", "Frame11.PNG"]
+    folder = shots(tmp_path / "clip", names)
+    (folder / "notes.txt").write_text("made by hand")
+    (folder / "._frame1.png").write_bytes(b"what a Mac leaves behind")
+    found = video_frames(folder, 1.0, None, None, 8)
+    assert [int(f.max()) for f in found] == [0, 10, 20, 30]
+    assert found[0].shape == (3, 8, 8)
+    many = shots(tmp_path / "many", [f"{k}.png" for k in range(25)])
+    assert [int(f.max()) // 10 for f in video_frames(many)] == [
+        1, 3, 6, 8, 11, 13, 16, 18, 21, 23
+    ]  # fmt: skip
+    half = video_frames(folder, crop=(0.0, 0.0, 0.5, 1.0))
+    assert half[0].shape == (3, 12, 8)
+
+
+def test_a_folder_that_is_no_video_is_one_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: the folder holds nothing"):
+        video_frames(tmp_path / "empty")
+    (tmp_path / "empty/a.txt").write_text("so")
+    with pytest.raises(InputError, match="holds 1 files and no picture"):
+        video_frames(tmp_path / "empty")
+    clip = shots(tmp_path / "clip", ["1.png", "2.png", "3.png"])
+    with pytest.raises(InputError, match="no times; leave out start and end"):
+        video_frames(clip, 1.0, (0.0, 1.0))
+    noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), "u1")
+    Image.fromarray(noise).save(clip / "2.png")
+    (clip / "2.png").write_bytes((clip / "2.png").read_bytes()[:300])
+    with pytest.raises(InputError, match=r"clip/2\.png: not a readable image"):
+        video_frames(clip)
+    shots(clip, ["2.png"], (12, 16))
+    with pytest.raises(InputError, match=r"clip/2\.png: has 12 × 16 .* 1\.png has 16"):
+        video_frames(clip)
+    (clip / "2.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"clip/2\.png: the file is empty"):
+        video_frames(clip)
+
+
+def test_a_frame_that_was_turned_is_as_large_as_it_is_seen(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clip = shots(tmp_path / "clip", ["1.jpg"], (16, 12))
+    shots(clip, ["2.jpg"], (12, 16), exif=exif)
+    assert [f.shape for f in video_frames(clip)] == 2 * [(3, 12, 16)]
+    shots(clip, ["3.jpg"], (16, 12), exif=exif)
+    with pytest.raises(InputError, match=r"3\.jpg: has 12 × 16 pixels"):
+        video_frames(clip)

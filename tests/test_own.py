@@ -14,10 +14,13 @@ import pytest
 import soundfile as sf
 from conftest import POINTER, killed_at_the_second_shard, script
 
-from mla_nb.core import InputError, check_dataset, datasets
+from mla_nb.cli import main
+from mla_nb.core import InputError, Modality, check_dataset, datasets
+from mla_nb.data.decode import encode_image
 from mla_nb.data.media import load_prepared, write_video
 from mla_nb.data.miniature import miniature
 from mla_nb.data.own import (
+    kind_of,
     kinetics_rows,
     kinetics_splits,
     own,
@@ -26,8 +29,11 @@ from mla_nb.data.own import (
     own_splits,
     prepare_kinetics,
     prepare_own,
+    read_cells,
     read_table,
 )
+from mla_nb.predict import load
+from mla_nb.predict_table import _stamp
 from mla_nb.runs.run import Run, run
 
 SMALL = {"audio": "log_mel", "seconds": 1.5, "size": 24, "progress": False}
@@ -500,3 +506,111 @@ def test_kinetics_broken_videos_are_left_out_with_a_reason(clips, here):
             r["id"] in line and any(w in line for w in why.split("|"))
             for line in listed
         ), (why, listed)
+
+
+# a folder of frames, and the sound of a clip ------------------------------------------
+
+
+def films(folder, n=24):
+    "Clips of two classes: files with and without sound, and folders of pictures"
+    folder.mkdir()
+    rows = []
+    for k in range(n):
+        y = k % 2
+        frames = [np.full((32, 32, 3), 60 + 120 * y + 5 * i, "u1") for i in range(15)]
+        wave = 0.4 * np.sin(np.arange(16000) * (0.1 + 0.3 * y))
+        name = f"clip{k}.mp4" if k % 6 else f"clip{k}"
+        if k % 6:
+            write_video(folder / name, frames, 15, wave if k % 6 < 4 else None)
+        else:
+            (folder / name).mkdir()
+            for i in (1, 2, 10):
+                picture = encode_image(frames[i].transpose(2, 0, 1), "PNG")
+                (folder / name / f"f{i}.png").write_bytes(picture)
+        part = "test" if k > 17 else "valid" if k > 11 else "train"
+        rows.append({"id": f"s{k}", "label": "ab"[y], "clip": name, "split": part})
+    with open(folder / "films.csv", "w", newline="") as f:
+        out = csv.DictWriter(f, rows[0])
+        out.writeheader(), out.writerows(rows)
+    return folder / "films.csv"
+
+
+def test_a_folder_of_frames_and_the_sound_of_a_clip(here, capsys):
+    table = films(here / "films")
+    with pytest.raises(InputError, match="they look like --columns 'clip:video'"):
+        prepare_own(table, "guess", **SMALL)
+    script("own", "--table", table, "--columns", "clip:video+audio", *FLAGS)
+    s = own(variant="films")
+    assert list(s.modalities) == ["clip", "clip_sound"]
+    train = [s.train[i]["x"] for i in range(12)]
+    assert [x["clip_sound"] is not None for x in train] == 2 * (
+        [False, True, True, True, False, False]
+    )
+    assert all(x["clip"].shape == (3, 3, 24, 24) for x in train)
+    cfg = Run(
+        dataset="own", dataset_args="variant=films", method="mla", epochs=2,
+        batch_size=4, lr=0.01, progress=False,
+    )  # fmt: skip
+    made = run(cfg)
+    assert set(made["test"]["accuracy"]) == {"clip", "clip_sound", "fused"}
+    p = load(f"runs/{made['id']}")
+    test = [s.test[i]["x"] for i in range(6)]
+    for k, x in enumerate(test, 18):
+        path = here / "films" / (f"clip{k}.mp4" if k % 6 else f"clip{k}")
+        read = p.read({"clip": str(path)}, f"s{k}")
+        for m in s.modalities:
+            assert (read[m] is None) == (x[m] is None), (k, m)
+            assert x[m] is None or (read[m] == x[m]).all(), (k, m)
+        assert p.predict(clip=path) in s.classes
+    frames = [np.full((24, 24, 3), 60, "u1")] * 3
+    assert p.read({"clip": np.stack(frames)})["clip_sound"] is None
+    part = {"path": here / "films/clip19.mp4", "span": (0.2, 0.8)}
+    assert p.read({"clip": part})["clip_sound"] is not None
+    capsys.readouterr()
+    for name in ("clip19.mp4", "clip18"):
+        main(["predict", f"runs/{made['id']}", "--clip", f"films/{name}", "--json"])
+        said = json.loads(capsys.readouterr().out)["modalities"]
+        assert ("clip_sound" in said) == (name == "clip19.mp4"), said
+    out = ["--csv", "films/films.csv", "--out", "out.csv"]
+    main(["predict", f"runs/{made['id']}", *out])
+    rows = list(csv.DictReader(Path("out.csv").read_text().splitlines()))
+    assert not any(r["reason"] for r in rows)
+    assert [r["weight_clip_sound"] != "" for r in rows] == 4 * (
+        [False, True, True, True, False, False]
+    )
+
+
+def test_folders_of_frames_in_a_table(here):
+    table = films(here / "films", 24)
+    lines = read_cells(table)
+    clips = [row["clip"] for _, row in lines]
+    assert kind_of(clips, here / "films") == "video"
+    assert kind_of(["clip0", "clip6"], here / "films") == "video"
+    assert kind_of(["clip0", "clip6"], here) != "video"
+    prepare_own(table, "guessed", columns="infer", **SMALL)
+    assert own(variant="guessed").modalities["clip"].kind == "video"
+    text = table.read_text().replace("clip,split", "video,split")
+    (here / "films/usual.csv").write_text(text)
+    prepare_own(here / "films/usual.csv", "usual", **SMALL)
+    train = own(variant="usual").train
+    assert {len(train[i]["x"]["video"]) for i in range(len(train))} == {3}
+
+    def timed(rows):
+        return [r | {"start": "0", "end": "1"} for r in rows]
+
+    change(table, timed)
+    with pytest.raises(InputError, match="line 2: 's0' has start and end, and its"):
+        read_table(table, "clip:video")
+    with pytest.raises(InputError, match="did you mean 'video"):
+        read_table(table, "clip:video+sound")
+
+
+def test_an_answer_about_a_folder_is_old_when_one_of_its_pictures_changes(here):
+    films(here / "films", 1)
+    clip, mod = here / "films/clip0", Modality("video", "frames")
+    before = _stamp(str(clip), mod)
+    assert _stamp(str(clip), mod) == before
+    picture = np.zeros((3, 32, 32), "u1")
+    (clip / "f2.png").write_bytes(encode_image(picture, "PNG"))
+    assert _stamp(str(clip), mod) != before
+    assert _stamp(str(here / "none.mp4"), mod) == [str(here / "none.mp4")]

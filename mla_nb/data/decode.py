@@ -243,13 +243,54 @@ def _pieces(f, start, end, name):
     try:
         found = sf.SoundFile(f)
         if 0 < found.frames < 1 << 60:  # it cannot read a flac of unknown length
-            yield from _by_libsndfile(found, start, end, name)
+            links = _links(f) if found.format == "OGG" else []
+            if len(links) > 2:
+                yield from _by_links(f, links, start, end, name)
+            else:
+                yield from _by_libsndfile(found, start, end, name)
             return
         said = "it has no samples"
     except sf.LibsndfileError as e:
         said = e.error_string.rstrip(".").lower()
     f.seek(0)
     yield from _by_ffmpeg(f, start, end, name, said)
+
+
+def _links(f) -> list:
+    "Where the recordings of a chained Ogg file begin, and where the last one ends"
+    out, at, first, here = [], 0, False, f.tell()
+    while True:
+        f.seek(at)
+        head = f.read(27)
+        if len(head) < 27 or head[:4] != b"OggS":
+            f.seek(here)
+            return [*out, at]
+        before, first = first, bool(head[5] & 2)
+        if first and not before:  # several streams begin together
+            out.append(at)
+        at += 27 + head[26] + sum(f.read(head[26]))
+
+
+def _by_links(f, links, start, end, name):
+    "One recording after the other, as players do; libsndfile reads the first alone"
+    import soundfile as sf
+
+    done = 0.0
+    for at, to in zip(links, links[1:]):
+        f.seek(at)
+        try:
+            found = sf.SoundFile(io.BytesIO(f.read(to - at)))
+        except sf.LibsndfileError as e:
+            raise InputError(
+                f"{name}: the recording is damaged after {done:.2f} s "
+                f"({e.error_string.rstrip('.').lower()}); fetch it again."
+            ) from e
+        length = found.frames / found.samplerate
+        if done + length > start and (end is None or done < end):
+            ends = None if end is None else end - done
+            pieces = _by_libsndfile(found, int(max(0, start - done)), ends, name)
+            yield from ((done + t, rate, x) for t, rate, x in pieces)
+        done += length
 
 
 def _by_libsndfile(found, start, end, name):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import InputError, Modality, encoders, unknown
+from ..data.decode import resample
 from .base import Encoder, Preprocessor
 from .image import OverFrames, Pixels
 from .text import Tokens
@@ -683,11 +684,7 @@ class HubWave(Preprocessor):
 
 
 def _as_rate(wave, rate, wanted):
-    if rate == wanted:
-        return torch.as_tensor(wave)
-    from torchaudio.functional import resample
-
-    return resample(torch.as_tensor(wave), rate, wanted)
+    return torch.as_tensor(resample(wave, rate, wanted))
 
 # %% ../../nbs/29_hub.ipynb #7649c388
 def hub_sound(folder, cfg, mod: Modality, items, model: str):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'MANY', 'make_dataset', 'make_method', 'encoder_names', 'make_encoders', 'make_opt', 'fused_sgd',
            'environment', 'TensorBoard', 'data_checksum', 'RunFolder', 'build', 'settled', 'make_runtime', 'run',
-           'stored_note', 'read_history', 'load_run']
+           'stored_note', 'cut_texts', 'read_history', 'load_run']
 
 # %% ../../nbs/45_runs.ipynb #a0949d8d
 import json
@@ -32,7 +32,8 @@ from mla_nb.core import (
     encoders,
     methods,
 )
-from ..data.prepared import class_counts, thin_classes
+from ..data.prepared import class_counts, evenly, thin_classes
+from ..encoders.excerpts import over_excerpts
 from mla_nb.evaluation import (
     TemperatureScaled,
     appraise,
@@ -169,7 +170,7 @@ def make_encoders(
         items = None if stored else _training_items(s, m)
         about = {"mod": s.modalities[m], "items": items, "preprocessor": stored.get(m)}
         try:
-            out[m] = call(encoders[name], options, **about)
+            out[m] = over_excerpts(partial(call, encoders[name], options), **about)
         except InputError as e:
             raise type(e)(f"encoder {name} of {m}: {e}") from e
     return out
@@ -535,8 +536,12 @@ def _train_and_test(folder, cfg, s, learn):
     "What a run does once the folder is its own"
     if is_main():
         _describe(folder, cfg, s, learn)
+    encoded = {m: e.preprocessor for m, e in learn.net.encoders.items()}
+    cut = cut_texts(encoded, s) if is_main() else []
+    if cut and cfg.progress:
+        print("\n".join(cut))
     learn.fit(cfg.epochs)
-    _finish(folder, cfg, s, learn)
+    _finish(folder, cfg, s, learn, cut)
 
 
 def _check_processes(cfg):
@@ -606,7 +611,7 @@ def _describe(folder, cfg, s, learn):
     folder.write_checksums(folder.config, folder.preprocessors)
 
 # %% ../../nbs/45_runs.ipynb #ff38e488
-def _finish(folder, cfg, s, learn):
+def _finish(folder, cfg, s, learn, cut):
     "Test the epoch that validation chose, once; then no checkpoint is needed"
     _load_best(folder, learn)
     valid = learn.fit_rule()  # fixed weights belong to this epoch
@@ -617,7 +622,7 @@ def _finish(folder, cfg, s, learn):
     save_pred(p, folder.predictions)
     best = next(c for c in learn.callbacks if isinstance(c, Saver)).best[2]
     told = _outcome(cfg, s, learn, best, valid, p, right)
-    found = {"id": folder.path.name, **told}
+    found = {"id": folder.path.name, **told, "cut_texts": cut}
     folder.write_checksums(folder.history)
     write_atomic(folder.result, json.dumps(found, indent=1))
     folder.write_checksums(folder.result)
@@ -634,6 +639,28 @@ def _outcome(cfg, s, learn, best, valid, p, right, part="test") -> dict:
         del counts["test"]
     said = {"findings": findings({**found, "part": part})}
     return _plain(found | said | {"thin_classes": thin_classes(counts)})
+
+
+def cut_texts(
+    preprocessors: dict,  # modality -> preprocessor of its encoder
+    s: Splits,
+    most: int = 5000,  # training texts to look at, spread evenly
+) -> list:  # of sentences, one for each modality in which texts are cut
+    "How many training texts are longer than their encoder reads"
+    out = []
+    for m, p in preprocessors.items():
+        if s.modalities[m].form != "text" or not getattr(p, "tokenizer", ""):
+            continue
+        column = s.train.column(m)
+        rows = evenly(len(column), min(most, len(column)))
+        read = p.encoded([column[k] for k in rows])
+        cut = sum(len(e.ids) > p.length or bool(e.overflowing) for e in read)
+        if cut:
+            out.append(
+                f"{m}: {cut} of {len(rows)} training samples are longer than "
+                f"{p.length} tokens; their ends are cut."
+            )
+    return out
 
 
 def _right_on_validation(learn) -> dict:
@@ -733,7 +760,8 @@ def _encoders_again(folder, about, stored) -> dict:
             )
         mod = Modality(**about["modalities"][m])
         made = encoders[e["name"]]
-        out[m] = call(made, e["options"], mod=mod, preprocessor=stored[m])
+        make = partial(call, made, e["options"])
+        out[m] = over_excerpts(make, mod, preprocessor=stored[m])
     return out
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..core import Batch, InputError, Splits, TensorSplit, collate, unknown
+from ..encoders.excerpts import Excerpts
 from ..encoders.image import KINDS
 from .learner import Loaders, Shuffle
 
@@ -77,7 +78,8 @@ def loaders(
     preprocessors = {m: p.copy() for m, p in preprocessors.items()}
     make = partial(collate, preprocessors=preprocessors)
 
-    vary = Varied(preprocessors, augment, sampler) if augment else None
+    drawn = any(isinstance(p, Excerpts) for p in preprocessors.values())
+    vary = Varied(preprocessors, augment, sampler) if augment or drawn else None
 
     def loader(part, vary=None, **kw):
         # the first one alone may lack what takes most room
@@ -198,28 +200,29 @@ def usual_workers(
 
 # %% ../../nbs/40_loaders.ipynb #cf8dde52
 class Varied:
-    "A `collate` that varies training pictures, in the process that reads them"
+    "A `collate` that varies training pictures, and draws excerpts, where it reads them"
 
     def __init__(
         self,
         preprocessors: dict,  # modality -> preprocessor
-        what: str,  # words of `KINDS`, separated by commas
+        what: str,  # words of `KINDS`, separated by commas; '' leaves pictures alone
         sampler: Shuffle,  # its seed and epoch decide how, with a sample's number
     ):
-        for k in what.split(","):
+        for k in filter(None, what.split(",")):
             if k not in KINDS:
                 raise unknown("augment", k, KINDS)
         self.plain = partial(collate, preprocessors=preprocessors)
-        self.of = {m: p for m, p in preprocessors.items() if p.augmentations}
-        self.what, self.sampler = what, sampler
-        if not self.of:
+        pictures = {m: p for m, p in preprocessors.items() if p.augmentations and what}
+        long = {m: p for m, p in preprocessors.items() if isinstance(p, Excerpts)}
+        self.of, self.what, self.sampler = pictures | long, what, sampler
+        if what and not pictures:
             raise InputError(
                 f"augment={what!r}: only pictures can be varied, and there are "
                 f"none among {', '.join(preprocessors)}; leave it out."
             )
 
     def vary(self, item: dict) -> dict:
-        "A sample with its pictures varied"
+        "A sample with its pictures varied, and with one excerpt of its long recordings"
         first = (self.sampler.seed * 1_000_003 + self.sampler.epoch) * 2**24
         seed, x = (first + item["idx"]) % 2**63, dict(item["x"])
         for m, p in self.of.items():
