@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -119,6 +120,7 @@ class Splits:
     test: Dataset
     bayes: dict | None = None  # tuple of modalities -> Bayes accuracy
     info: dict = field(default_factory=dict)  # where it came from, with which options
+    folder: Path | None = None  # of a prepared dataset
 
     @property
     def parts(self) -> dict:
