@@ -296,7 +296,7 @@ def recipes_of(
         m: {
             "name": name,
             "options": encs[m].recipe or options,
-            "found_by": _found_by(options) if _named(encs[m]) else None,
+            "found_by": _found_by(encs[m], options),
             "weights": weights_of(encs[m]),
             "preprocessor": encs[m].preprocessor.config(),
             "num_features": encs[m].num_features,
@@ -309,14 +309,12 @@ def recipes_of(
     return json.loads(json.dumps(about))
 
 
-def _named(enc) -> bool:
-    "Do the weights of an encoder have a name or a file of their own?"
-    return enc.weights_source != "random" and not enc.weights_source.startswith("run ")
-
-
-def _found_by(options) -> dict:
-    "The option that says where weights are, and its value; a path also in full"
-    key = next(k for k in ("model", "weights") if options.get(k))
+def _found_by(enc, options) -> dict | None:
+    "The option that says where weights are, with its values; None if nothing does"
+    key = next((k for k in ("model", "weights") if options.get(k)), None)
+    source = enc.weights_source
+    if not key or source == "random" or source.startswith("run "):
+        return None
     given = str(options[key])
     full = [str(Path(given).resolve())] if Path(given).exists() else []
     return {"options": options, "key": key, "at": list(dict.fromkeys([*full, given]))}
@@ -331,7 +329,7 @@ def write_frozen(
     from safetensors.torch import save_file
 
     note, weights = (Path(folder) / name for name in FROZEN)
-    text = json.dumps({"encoders": about, "sha256": _sum_of(about)}, indent=1)
+    text = json.dumps({"format": 1, "encoders": about, "sha256": _sum_of(about)})
     state = {
         f"{m}.{k}": v.detach().cpu().contiguous().clone()
         for m, e in encs.items()
@@ -631,6 +629,7 @@ class FrozenEncoders:
         return self.made[m]
 
     def _build(self, m, options) -> Encoder:
+        discover()
         about = self.about[m]
         factory = encoders[about["name"]]
         fitted = about["preprocessor"]

@@ -367,7 +367,7 @@ class Explanation:
     classes: list  # names
     pred: Pred  # logits, weights, who was present
     ids: list  # names of the samples
-    items: list  # {modality: what its encoder was given} per sample; empty if not kept
+    items: list  # {modality: item, or `RawItem`} per sample; empty if not kept
     modalities: dict  # name -> Modality
     many: bool = True  # were several asked about?
     note: str = ""  # what must be known about all of them
