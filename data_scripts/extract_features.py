@@ -9,6 +9,8 @@ The first makes data/food101-features, on which a run takes seconds:
 
     mla train --dataset food101 --dataset_args variant=features --encoder features
 
+Such a run answers files: mla predict runs/RUN --image a.jpg --text "…". Modalities
+that --encoder or --modalities does not name stay as they are.
 Extraction is idempotent and resumes after a kill.
 """
 

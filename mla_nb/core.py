@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from torch import tensor
@@ -118,6 +119,7 @@ class Splits:
     test: Dataset
     bayes: dict | None = None  # tuple of modalities -> Bayes accuracy
     info: dict = field(default_factory=dict)  # where it came from, with which options
+    folder: Path | None = None  # of a prepared dataset
 
     @property
     def parts(self) -> dict:

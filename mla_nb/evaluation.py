@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['answers', 'metrics', 'features_of', 'linear_probe', 'reliability', 'ece', 'temperature', 'temperatures',
            'TemperatureScaled', 'error_auroc', 'right_by_subset', 'subset_accuracy', 'shapley', 'modality_gap',
-           'bootstrap_mean', 'bootstrap', 'wilson', 'contributions', 'gap_to_single', 'appraise', 'findings']
+           'bootstrap_mean', 'bootstrap', 'wilson', 'contributions', 'gap_to_single', 'appraise', 'findings',
+           'random_features']
 
 # %% ../nbs/22_evaluation.ipynb #097fd538
 import math
@@ -19,7 +20,14 @@ from torch import tensor
 
 from .core import InputError, rules
 from .heads import Net
-from .methods.base import Method, Pred, predict
+from mla_nb.methods.base import (
+    Method,
+    Pred,
+    _answers,
+    class_scores,
+    predict,
+    scores,
+)
 from .methods.fusion import entropy, make_rule
 from .train.learner import Loaders
 
@@ -28,31 +36,29 @@ def answers(
     p: Pred,  # predictions
 ) -> dict:  # 'fused' and each modality -> (logits, labels), of the samples that have it
     "Logits and labels of every modality and of the fusion, where they exist"
-    parts = [("fused", p.fused, p.present.any(0)), *zip(p.mods, p.logits, p.present)]
-    return {name: (v[here], p.y[here]) for name, v, here in parts if here.any()}
+    return {name: (logits, y) for name, logits, y in _answers(p)}
 
 # %% ../nbs/22_evaluation.ipynb #703224c0
 def metrics(
     p: Pred,  # predictions
 ) -> dict:  # {'fused': {'accuracy', 'f1', 'balanced', 'map'}, modality: …}
     "Accuracy, macro F1, balanced accuracy and mAP, fused and per modality"
-    from sklearn.metrics import average_precision_score, f1_score
+    from sklearn.metrics import average_precision_score
 
-    def one(logits, y):
-        prob, seen, guess = logits.double().softmax(1), y.unique(), logits.argmax(1)
-        prob = prob.nan_to_num(0)  # an answer that is NaN is ranked last
-        ranks = [average_precision_score(y == k, prob[:, k]) for k in seen]
-        f1 = f1_score(y, guess, average="macro", labels=seen, zero_division=0)
-        right = (guess == y).double()
-        recall = [right[y == k].mean().item() for k in seen]
-        return {
-            "accuracy": right.mean().item(),
-            "f1": float(f1),
-            "balanced": float(np.mean(recall)),
-            "map": float(np.mean(ranks)),
+    def ranked(logits, y):
+        prob = logits.double().softmax(1).nan_to_num(0)  # NaN is ranked last
+        return [average_precision_score(y == k, prob[:, k]) for k in y.unique()]
+
+    right, each = scores(p)["accuracy"], class_scores(p)
+    return {
+        name: {
+            "accuracy": right[name],
+            "f1": each["f1"][name],
+            "balanced": each["balanced_accuracy"][name],
+            "map": float(np.mean(ranked(*a))),
         }
-
-    return {name: one(*a) for name, a in answers(p).items()}
+        for name, a in answers(p).items()
+    }
 
 # %% ../nbs/22_evaluation.ipynb #57aa4103
 @torch.no_grad()
@@ -400,7 +406,21 @@ def findings(
     weights = r.get("mean_weights") or {}
     for m, v in (r.get("contributions") or {}).items():
         found.append(_contribution(m, v, weights.get(m)))
-    return [text for text in found if text]
+    return [text for text in (*found, random_features(r)) if text]
+
+
+def random_features(
+    r: dict,  # a result; 'features': modality -> what made its features (chapter 25)
+) -> str:  # '' where no features are
+    "Were the features of a modality computed by an encoder with random weights?"
+    made = r.get("features") or {}
+    blind = [m for m, f in made.items() if f["weights"] == "random"]
+    if not blind:
+        return ""
+    return (
+        f"The features of {', '.join(blind)} were computed by encoders with random "
+        "weights: the numbers say nothing about a pretrained encoder."
+    )
 
 
 def _against_majority(r) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['by_subset', 'chosen', 'Whole', 'example', 'by_python', 'traced', 'rule_name', 'flat_inputs', 'described',
-           'check_export', 'export_program', 'run_onnx', 'export_onnx']
+           'check_export', 'with_encoders', 'export_program', 'run_onnx', 'export_onnx']
 
 # %% ../nbs/50_export.ipynb #0750f8e3
 import copy
@@ -21,6 +21,7 @@ from torch import nn, tensor
 
 from .core import Batch
 from .data.synthetic import subsets
+from .features import Chained
 from .heads import Head, Net
 from .methods.base import fuse_by, predict
 from .predict import Classifier, exporters
@@ -226,6 +227,8 @@ def described(p: Classifier) -> dict:
             for m, e in p.net.encoders.items()
         },
         "dataset": p.about.get("dataset", {}),
+        "encoders": {m: e["name"] for m, e in p.about["encoders"].items()},
+        "features": {m: p.frozen.named(m) for m in p.modalities if m in p.frozen},
     }
 
 # %% ../nbs/50_export.ipynb #1c8610b2
@@ -271,13 +274,49 @@ def _on_cpu(p: Classifier) -> Classifier:
     return twin.to("cpu")
 
 
+def with_encoders(p: Classifier) -> Classifier:
+    "The same with frozen encoders in front of its net, which made its features"
+    mods = [m for m in p.modalities if m in p.frozen]
+    if not mods:
+        return p
+    net, about = copy.deepcopy(p.net), dict(p.about)
+    for k in ("modalities", "items", "encoders"):
+        about[k] = dict(about.get(k, {}))
+    for m in mods:
+        net.encoders[m] = Chained(p.frozen.encoder(m), net.encoders[m])
+        about["modalities"][m] = p.frozen.about[m]["modality"]
+        about["items"][m] = p.frozen.about[m]["item"]
+        about["encoders"][m] = {"name": p.frozen.named(m)}
+    return Classifier(net, p.method, about, p.result, p.device)
+
+
+def _whole_or_head(write, p, path) -> Path:
+    "Write the net with its frozen encoders; if that fails, the net on features"
+    try:
+        return write(with_encoders(p), path)
+    except InputError as e:
+        if not p.frozen:
+            raise
+        out = write(p, path)
+        made = "; ".join(f"{m} by {p.frozen.named(m)}" for m in p.frozen.about)
+        print(
+            f"note: the encoders that made the features are not in this graph ({e}) "
+            f"Its inputs are features: {made}."
+        )
+        return out
+
+
 def export_program(
     p: Classifier,
     path,  # e.g. 'model.pt2'
 ) -> Path:
     "The whole net as a torch.export program, checked against Python"
+    return _whole_or_head(_write_program, p, _target(path, ".pt2"))
+
+
+def _write_program(p, path):
     p = _on_cpu(p)
-    path, note = _target(path, ".pt2"), json.dumps(described(p), indent=1)
+    note = json.dumps(described(p), indent=1)
     program = traced(p)
     with torch.no_grad():
         check_export(p, program.module())
@@ -317,15 +356,19 @@ def export_onnx(
     path,  # e.g. 'model.onnx'
 ) -> Path:
     "The whole net as ONNX; checked with onnxruntime where that is installed"
-    p = _on_cpu(p)
-    path, note = _target(path, ".onnx"), described(p)
+    path = _target(path, ".onnx")
     if not (find_spec("onnx") and find_spec("onnxscript")):
         raise InputError(
             "export to ONNX needs onnx and onnxscript, which are not installed; "
             "pip install 'mla_nb[export]'."
         )
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    program = traced(p)
+    return _whole_or_head(_write_onnx, p, path)
+
+
+def _write_onnx(p, path):
+    p = _on_cpu(p)
+    note, program = described(p), traced(p)
     try:
         made = torch.onnx.export(
             program,

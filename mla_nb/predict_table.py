@@ -286,7 +286,7 @@ def predict_table(
     "Ask about every row of a table; killed, the same call goes on where it stopped"
     from tqdm.auto import tqdm
 
-    rows, out = read_requests(table, p.modalities, p.classes), Path(out)
+    rows, out = read_requests(table, p.sources, p.classes), Path(out)
     plan = {
         "model": fingerprint(p),
         "table": hashlib.sha256(

@@ -467,7 +467,10 @@ def test_wrong_arguments_are_one_sentence(mine, done):
     )
     assert "did you mean 'small'" in cli(
         *tiny, "--encoder", "smal"
-    ) and "names none for" in cli(*tiny, "--encoder", "audio=small")
+    ) and "names none for video" in cli(
+        *tiny, "--encoder", "audio=small", "--modalities", "audio,video"
+    )
+    assert "unknown modality 'image'" in cli(*tiny, "--encoder", "image=small")
     assert "needs a model: hf:NAME" in cli(
         *tiny, "--encoder", "audio=small,video=small,text=hf"
     )

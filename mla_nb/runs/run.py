@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'MANY', 'make_dataset', 'make_method', 'encoder_names', 'make_encoders', 'make_opt', 'fused_sgd',
            'environment', 'TensorBoard', 'data_checksum', 'RunFolder', 'build', 'settled', 'make_runtime', 'run',
-           'stored_note', 'cut_texts', 'read_history', 'load_run']
+           'stored_note', 'feature_encoders', 'cut_texts', 'read_history', 'load_run']
 
 # %% ../../nbs/45_runs.ipynb #a0949d8d
 import json
@@ -32,7 +32,7 @@ from mla_nb.core import (
     encoders,
     methods,
 )
-from ..data.prepared import class_counts, evenly, thin_classes
+from ..data.prepared import FROZEN, class_counts, evenly, thin_classes
 from ..encoders.excerpts import over_excerpts
 from mla_nb.evaluation import (
     TemperatureScaled,
@@ -52,6 +52,7 @@ from mla_nb.runs.config import (
     Run,
     split_list,
     started_processes,
+    with_args,
     with_options,
 )
 from mla_nb.tools import (
@@ -569,7 +570,8 @@ def _forget(folder, was_there):
     if not was_there and not folder.nan.exists():
         shutil.rmtree(folder.path, ignore_errors=True)
         return
-    for file in (folder.config, folder.preprocessors, folder.checksums):
+    frozen = [folder.path / name for name in FROZEN]
+    for file in (folder.config, folder.preprocessors, folder.checksums, *frozen):
         file.unlink(missing_ok=True)
     shutil.rmtree(folder.events, ignore_errors=True)
 
@@ -608,7 +610,43 @@ def _describe(folder, cfg, s, learn):
     folder.nan.unlink(missing_ok=True)  # of an earlier start
     write_atomic(folder.config, json.dumps(_about(cfg, s, learn.net), indent=1))
     write_atomic(folder.preprocessors, json.dumps(fitted))
-    folder.write_checksums(folder.config, folder.preprocessors)
+    frozen = _keep_frozen(folder, s)
+    folder.write_checksums(folder.config, folder.preprocessors, *frozen)
+
+
+def _keep_frozen(folder, s) -> list:
+    "What made the features of a dataset goes along with a run that reads them"
+    names = [n for n in FROZEN if s.folder and (s.folder / n).exists()]
+    for name in names:
+        write_atomic(folder.path / name, partial(_same_file, s.folder / name))
+    return [folder.path / name for name in names]
+
+
+def _same_file(source, part):
+    "A second name of a file that is never changed, or a copy on another disk"
+    part.unlink()
+    try:
+        os.link(source, part)
+    except OSError:
+        shutil.copyfile(source, part)
+
+
+def feature_encoders(
+    info: dict,  # of a dataset: `Splits.info`, or 'dataset' in config.json
+) -> dict:  # modality -> {'encoder', 'weights'}, as text; empty: not of features
+    "Which encoders made the features that a dataset holds"
+    weights = info.get("weights") if "encoder" in info else None
+    if not weights:
+        return {}
+    named = _each_encoder(info["encoder"], weights)
+    run = f"run {info.get('run')}"
+    return {
+        m: {
+            "encoder": with_args(*named[m]) if m in named else run,
+            "weights": w["source"],
+        }
+        for m, w in weights.items()
+    }
 
 # %% ../../nbs/45_runs.ipynb #ff38e488
 def _finish(folder, cfg, s, learn, cut):
@@ -691,6 +729,7 @@ def _result(cfg, s, learn, best, valid, p) -> dict:
         "test": scores(p),
         "n_test": len(p.y),
         "split": _split(s.info),
+        "features": feature_encoders(s.info),
         "bayes": _bayes(s, list(learn.net.encoders)),
         "weights": getattr(learn.method.rule, "weights", None),
         "temperatures": temperatures(valid),
