@@ -158,13 +158,13 @@ def temperatures(
 class TemperatureScaled:
     "Another rule, on logits whose temperatures `fit` chooses on validation"
 
-    def __init__(self, rule="entropy", temperatures=None):
-        self.rule, self.temperatures = make_rule(rule), temperatures
+    def __init__(self, rule="entropy", temperatures=None, sums: bool = False):
+        self.rule, self.temperatures, self.sums = make_rule(rule), temperatures, sums
         name = getattr(self.rule, "__name__", type(self.rule).__name__)
-        if name in ("NoneType", "mean", "mean_rule", "FixedWeights"):
+        if not sums and name in ("NoneType", "mean", "mean_rule", "FixedWeights"):
             raise InputError(
                 "a temperature changes how sure a modality looks, and this rule "
-                "does not look at that; use rule='entropy' or 'energy'."
+                "does not look at that; use rule='entropy' or 'energy', or sums=True."
             )
 
     def __call__(self, logits, present):
@@ -177,14 +177,19 @@ class TemperatureScaled:
                 f"got {tuple(self.temperatures)}."
             )
         t = tensor(self.temperatures, dtype=logits.dtype, device=logits.device)
-        return self.rule(logits / t[:, None, None], present)
+        w = self.rule(logits / t[:, None, None], present)
+        if not self.sums:
+            return w
+        w = w / t[:, None]  # the scaled logits are added up, and not the raw ones
+        return w / w.sum(0).clamp(min=1e-12)
 
     def fit(self, p: Pred) -> "TemperatureScaled":
         "The rule with a temperature per modality, unless they were given"
         if self.temperatures is not None:
             return self
         found = temperatures(p)
-        return TemperatureScaled(self.rule, tuple(found.get(m, 1.0) for m in p.mods))
+        chosen = tuple(found.get(m, 1.0) for m in p.mods)
+        return TemperatureScaled(self.rule, chosen, self.sums)
 
 # %% ../nbs/22_evaluation.ipynb #8fce10d6
 def error_auroc(

@@ -53,6 +53,7 @@ from mla_nb.runs.run import (
     _outcome,
     _right_on_validation,
     build,
+    cut_texts,
     feature_encoders,
     load_run,
 )
@@ -860,7 +861,7 @@ def fit(
     learn.callbacks = sorted([*kept, best], key=lambda c: c.order)
     learn.fit(cfg.epochs)
     learn.net.load_state_dict(best.weights)
-    p = _classifier(cfg, s, learn, best.best[2], part)
+    p = _classifier(cfg, s, learn, best.best[-1], part)
     for text in sentences(p.result) if verbose else ():
         print(text)
     return p
@@ -869,8 +870,9 @@ def fit(
 def sentences(
     result: dict,  # of a run, or of `fit`
 ) -> list:  # empty where nothing is wrong
-    "What a result says about itself: its findings, and classes with few samples"
-    return [*(result.get("findings") or ()), *(result.get("thin_classes") or ())]
+    "What a result says about itself: findings, classes with few samples, cut texts"
+    told = ("findings", "thin_classes", "cut_texts")
+    return [text for key in told for text in result.get(key) or ()]
 
 
 NOT_IN_MEMORY = {
@@ -972,9 +974,10 @@ def _not_finite(item, form) -> str:
 
 def _classifier(cfg, s, learn, best, part) -> Classifier:
     "A learner's net with what a run would have written about it"
-    valid, p = learn.validate(), learn.predictions(learn.dls.test)
+    valid, p = learn.fit_rule(), learn.predictions(learn.dls.test)
     right = _right_on_validation(learn)
-    result = _outcome(cfg, s, learn, best, valid, p, right, part)
+    cut = cut_texts({m: e.preprocessor for m, e in learn.net.encoders.items()}, s)
+    result = _outcome(cfg, s, learn, best, valid, p, right, cut, part)
     about = json.loads(json.dumps(_about(cfg, s, learn.net)))
     about["dataset"].setdefault("source", {"name": f"{s.name}, in memory"})
     device = str(next(learn.net.parameters()).device)

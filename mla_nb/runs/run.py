@@ -658,16 +658,16 @@ def _finish(folder, cfg, s, learn, cut):
     if not is_main():
         return
     save_pred(p, folder.predictions)
-    best = next(c for c in learn.callbacks if isinstance(c, Saver)).best[2]
-    told = _outcome(cfg, s, learn, best, valid, p, right)
-    found = {"id": folder.path.name, **told, "cut_texts": cut}
+    best = next(c for c in learn.callbacks if isinstance(c, Saver)).best[-1]
+    told = _outcome(cfg, s, learn, best, valid, p, right, cut)
+    found = {"id": folder.path.name, **told}
     folder.write_checksums(folder.history)
     write_atomic(folder.result, json.dumps(found, indent=1))
     folder.write_checksums(folder.result)
     remove_checkpoints(folder.path)  # last: until here a crash loses nothing
 
 
-def _outcome(cfg, s, learn, best, valid, p, right, part="test") -> dict:
+def _outcome(cfg, s, learn, best, valid, p, right, cut, part="test") -> dict:
     "What a training says about itself, with a folder or without; plain numbers"
     found = _result(cfg, s, learn, best, valid, p)
     found |= appraise(p, found["valid"]["accuracy"], right)
@@ -675,7 +675,7 @@ def _outcome(cfg, s, learn, best, valid, p, right, part="test") -> dict:
     if part != "test":  # the split `test` is another one again
         found["tested_on"] = part
         del counts["test"]
-    said = {"findings": findings({**found, "part": part})}
+    said = {"findings": findings({**found, "part": part}), "cut_texts": cut}
     return _plain(found | said | {"thin_classes": thin_classes(counts)})
 
 
@@ -811,5 +811,6 @@ def _method_again(about, result, encs) -> Method:
         return replace(method, rule=FixedWeights(tuple(result["weights"])))
     if isinstance(method.rule, TemperatureScaled):
         chosen = tuple(result["temperatures"].get(m, 1.0) for m in encs)
-        return replace(method, rule=TemperatureScaled(method.rule.rule, chosen))
+        rule = TemperatureScaled(method.rule.rule, chosen, method.rule.sums)
+        return replace(method, rule=rule)
     return method

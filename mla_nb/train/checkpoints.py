@@ -279,12 +279,9 @@ def _plain(x):
 def epoch_rank(
     row: dict,  # of an epoch, as the `Recorder` fills it
     best_by: str = "accuracy",  # or 'f1', 'balanced_accuracy': which score decides
-) -> list:  # [score, -loss or 0, epoch]: the larger, the better
+) -> list:  # [score, epoch]: the larger, the better
     "How good an epoch is on validation; the last of equal epochs is the best"
-    score = row["valid"][best_by]["fused"]
-    # accuracies are often equal: then the loss decides
-    second = -row["valid"]["loss"]["fused"] if best_by == "accuracy" else 0.0
-    return [score, second, row["epoch"]]
+    return [row["valid"][best_by]["fused"], row["epoch"]]
 
 
 class BestEpoch(Callback):
