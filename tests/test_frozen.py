@@ -257,6 +257,13 @@ def test_vectors_of_its_own_pass_through(here):
     assert "reason\n" in Path("s.csv").read_text()
     p = load("runs/t")
     assert p.explain(text=["a good day"], facts=[[1.5, "red"]]).pred.present.all()
+    # named, they are extracted too, and a table is still asked by its own columns
+    extract("data/own-t", "facts=small", out="data/own-u", progress=False)
+    cfg |= {"name": "u", "dataset_args": "variant=u"}
+    run(Run(dataset="own", encoder="facts=features,text=small", **cfg))
+    done = mla("predict", "runs/u", "--csv", "ask.csv", "--out", "u.csv")
+    said = [r.split(",")[5] for r in Path("u.csv").read_text().splitlines()]
+    assert done is None and said[0] == "weight_facts" and all(said)
 
 
 def test_features_in_memory_are_answered_too(here):
