@@ -189,9 +189,9 @@ site: $(READY) ## the chapters and the API as a web site in _site/html/
 	$(BIN)/python tools/site.py check
 params: $(READY) ## parameter files for papermill, one per dataset and preset
 	$(BIN)/python tools/params.py
-results: $(READY) ## every run behind the tables, about an hour: make results ARCHIVE=FILE.zip
-	$(if $(ARCHIVE),,@echo "which recordings? make results ARCHIVE=FILE.zip"; exit 1)
-	$(BIN)/python results/study.py '$(ARCHIVE)' $(WORKERS)
-	$(BIN)/python results/missing.py $(WORKERS)
+results: $(READY) ## the runs behind part V, hours; goes on where it was stopped: make results [ARCHIVE= MVSA= EMODB= STAMPS= IMAGE= TEXT=] [ONLY=lazy,digits] [ALL=1]
+	$(if $(ARCHIVE)$(MVSA)$(EMODB)$(STAMPS),$(BIN)/python results/sources.py --archive '$(ARCHIVE)' --mvsa '$(MVSA)' \
+	  --emodb '$(EMODB)' --stamps '$(STAMPS)' --image '$(IMAGE)' --text '$(TEXT)')
+	OMP_NUM_THREADS=1 $(BIN)/python results/study.py --jobs $(WORKERS) --only '$(ONLY)' $(if $(ALL),--all)
 lock: $(DEPS) ## constraints.txt from requirements.in, for the oldest Python that is promised
 	$(BIN)/uv pip compile -q --no-annotate --no-header --upgrade --python-version 3.11 requirements.in -o constraints.txt

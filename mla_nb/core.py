@@ -294,7 +294,7 @@ class TensorSplit(Dataset):
 
 # %% ../nbs/01_data.ipynb #4ccf1dcd
 encoders, methods, rules = map(Registry, ("encoder", "method", "rule"))
-health_checks = Registry("checkup")  # what `mla doctor` looks at (chapter 51)
+health_checks = Registry("checkup")  # what `mla doctor` looks at (chapter 52)
 
 # %% ../nbs/01_data.ipynb #6cf88384
 @dataclass(frozen=True)

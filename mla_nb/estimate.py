@@ -6,9 +6,9 @@
 __all__ = ['StepClock', 'measured', 'estimate', 'estimate_text']
 
 # %% ../nbs/reference/44_estimate.ipynb #5e571aa1
-# How long a grid takes, and how much disk: from chapter 52.
+# How long a grid takes, and how much disk: from chapter 53.
 
-# %% ../nbs/52_command.ipynb #ed957593
+# %% ../nbs/53_command.ipynb #ed957593
 import shutil
 import time
 from collections import defaultdict
@@ -23,7 +23,7 @@ from .runs.run import RunFolder, build, make_dataset
 from .tools import InputError
 from .train.loaders import usual_workers
 
-# %% ../nbs/52_command.ipynb #b1bf9f42
+# %% ../nbs/53_command.ipynb #b1bf9f42
 class StepClock(Callback):
     "Times the steps of a training, and ends it after some seconds"
 

@@ -604,7 +604,7 @@ class FrozenEncoders:
         return Modality(**self.about[m]["modality"])
 
     def reading(self, m: str) -> dict:
-        "What `read_item` (chapter 47) must know to read an item for the encoder of `m`"
+        "What `read_item` (chapter 48) must know to read an item for the encoder of `m`"
         about = self.about[m]
         return {
             "run": {"dataset": about["dataset"]["name"]},

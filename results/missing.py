@@ -12,8 +12,8 @@ import csv
 import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
-from study import HERE, write
 from torch.utils.data import DataLoader
 
 from mla_nb.compare import grid, plan
@@ -22,7 +22,7 @@ from mla_nb.methods.base import predictions, scores
 from mla_nb.missing import with_missing
 from mla_nb.runs.run import load_run, make_dataset
 
-ROOT = "runs/missing"
+HERE, ROOT = Path(__file__).parent, "runs/missing"
 DATA = "synthetic(family=lazy,n_train=800)"
 METHODS = [
     "concat",
@@ -161,7 +161,10 @@ def main(jobs=2):
             r["seed"],
         )
     )
-    write("missing.csv", rows)
+    with (HERE / "missing.csv").open("w", newline="") as f:
+        out = csv.DictWriter(f, rows[0])
+        out.writeheader()
+        out.writerows(rows)
     if bad:
         print(f"{len(bad)} runs failed: {bad}")
 

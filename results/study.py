@@ -1,166 +1,304 @@
-"""The runs behind every results table: python results/study.py FSDD.zip [jobs]
+"""The runs behind part V of the book: python results/study.py [options]
 
-Tunes every method's learning rate on validation, makes every run that is not there yet
-below runs/study, and writes results/sweep.csv (one row per rate tried),
-results/runs.csv (one row per run, with the command that makes it) and
-results/curves.csv (validation accuracy after every epoch of four methods).
+Reads results/study/study.toml, makes every run that has no row yet, and appends its row
+to sweep.csv (one per rate tried) or runs.csv (one per tested run), and the
+single answers to answers.csv. It can be stopped at any time: the same command
+goes on, also on another machine, because the rows are what it looks at.
+
+--only lazy,digits    these datasets of study.toml (default: all that are prepared)
+--arms mla,concat     these arms (default: all that a comparison needs)
+--all                 every registered method, too: the leaderboard
+--jobs 2              processes
+--data, --runs        folders of prepared datasets, and of unfinished runs
+--status              say how much is there, and do nothing
+
+results/sources.py prepares the datasets; one that is not prepared is left out.
 """
 
+import argparse
 import csv
-import sys
-from itertools import permutations
+import io
+import shutil
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from mla_nb.compare import grid, plan, tune
-from mla_nb.data.digits import prepare_digits, read_archive
-from mla_nb.evaluation import TemperatureScaled
-from mla_nb.methods.base import fuse
-from mla_nb.methods.fusion import make_rule, released_gate
-from mla_nb.runs.run import read_history
-from mla_nb.train.checkpoints import load_pred
+from mla_nb.compare import best_rate, rate_beyond, reopen
+from mla_nb.core import InputError, datasets, discover, methods
+from mla_nb.evaluation import TemperatureScaled, linear_probe
+from mla_nb.methods.base import answered_by, predict, scores
+from mla_nb.methods.fusion import FixedWeights, make_rule
+from mla_nb.runs.run import run
+from mla_nb.study import Study, code_version, hex_of
+from mla_nb.tools import write_atomic
+from mla_nb.train.learner import Diverged
 
-HERE, ROOT = Path(__file__).parent, "runs/study"
-DATA = {
-    "lazy": "synthetic(family=lazy)",
-    "balanced": "synthetic(family=balanced)",
-    "digits, new voices": "digits(split=speaker,image_noise=.5)",
-    "digits, known voices": "digits(split=official,image_noise=.5)",
+HERE = Path(__file__).parent
+RULES = {
+    "mean": lambda: make_rule("mean"),
+    "probabilities": lambda: make_rule("probabilities"),
+    "scaled": lambda: TemperatureScaled("mean", sums=True),
+    "entropy": lambda: make_rule("entropy"),
+    "scaled entropy": lambda: TemperatureScaled("entropy", sums=True),
+    "energy": lambda: make_rule("energy"),
+    "fixed": FixedWeights,
+    "best": lambda: make_rule("best"),
 }
-METHODS = (
-    "concat,sum,film,gated,ogm,ogm_ge,qmf,unimodal,ensemble,"
-    "mla_fixed,mla,mla_released,mla_frozen"
-)
-VARIANTS = [
-    "mla(projection=False)",
-    "mla(norm=True)",
-    "mla(when=update_first)",
-    "mla(rescale=True)",
-    *(f"mla(projection=False,head_step={x})" for x in (0.03, 0.1, 0.3)),
-]
-CURVES = "concat", "qmf", "ensemble", "mla"
-LRS = [0.03, 0.1, 0.3]
-SEEDS = range(5)
+PROBED = "concat", "ensemble", "mla"  # arms whose encoders are probed
+VERSION = code_version()
+MACHINE = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def orders(mods):
-    "Every order of turns but the dataset's own, and a new one for every batch"
-    return [
-        f"mla(order={','.join(o)})" for o in permutations(mods) if list(o) != mods
-    ] + ["mla(order=random)"]
+def forget(cfg):
+    "The row is the record; the folder goes"
+    shutil.rmtree(cfg.folder, ignore_errors=True)
 
 
-def refused(pred, temperatures):
-    "Accuracy of the same trained net under other fusion rules"
-    out = {
-        name: fuse(pred.logits, make_rule(name)(pred.logits, pred.present))
-        for name in ("mean", "entropy", "energy")
+def swept(key, cfg, told) -> dict:
+    "The row of a tuning run: its accuracy on validation; 0 where training broke down"
+    row = {**key, "valid": 0.0, "seconds": "", "note": ""}
+    try:
+        r = run(cfg)
+        row["valid"] = round(r["valid"]["accuracy"]["fused"], 5)
+        row["seconds"] = round(r["seconds"], 1)
+    except Diverged as e:
+        row["note"] = str(e)[:200]
+    forget(cfg)
+    return {"sweep.csv": [row]}
+
+
+def held(b):
+    "The features that a batch holds already"
+    return b.x
+
+
+def under_rules(learn) -> tuple:
+    "(test predictions, rule -> fused logits); rules learn from validation"
+    sides = [learn.encode_split(getattr(learn.dls, k)) for k in ("valid", "test")]
+    valid, test = (predict(learn.net, learn.method, b, held) for b in sides)
+    fused = {"own": test.fused}
+    for name, make in RULES.items() if len(test.mods) > 1 else ():
+        rule = make()
+        rule = rule.fit(valid) if hasattr(rule, "fit") else rule
+        fused[name] = answered_by(rule, test).fused
+    return test, fused
+
+
+def tested(key, cfg, told, shared=False) -> dict:
+    "The rows of a tested run: accuracies, also under other rules, and single answers"
+    r = run(cfg)
+    learn, _ = reopen(cfg.folder, cfg.data, "cpu")
+    test, fused = under_rules(learn)
+    order = test.idx.argsort()
+    right = {k: (v.argmax(1) == test.y)[order].numpy() for k, v in fused.items()}
+    single = {m: v for m, v in scores(test)["accuracy"].items() if m != "fused"}
+    shares = {
+        "valid": r["valid"]["accuracy"]["fused"],
+        "train": scores(learn.predictions(learn.dls.train))["accuracy"]["fused"],
+        **{k: float(v.mean()) for k, v in right.items()},
+        **single,
+        **{k: r["metrics"]["fused"][k] for k in ("f1", "balanced")},
     }
-    scaled = TemperatureScaled("entropy", tuple(temperatures[m] for m in pred.mods))
-    out["scaled entropy"] = fuse(pred.logits, scaled(pred.logits, pred.present))
-    for size in (64, 1):
-        parts = zip(pred.logits.split(size, 1), pred.present.split(size, 1))
-        out[f"gate of {size}"] = torch.cat(
-            [fuse(z, released_gate(z, p)) for z, p in parts]
-        )
-    return {
-        k: round((v.argmax(1) == pred.y).double().mean().item(), 4)
-        for k, v in out.items()
-    }
+    if key["arm"] in PROBED:
+        probes = linear_probe(learn.net, learn.dls)
+        shares |= {f"probe {m}": v for m, v in probes.items()}
+    row = {**key, "n_test": len(test.y), **{k: round(v, 5) for k, v in shares.items()}}
+    row |= {"best_epoch": r["best_epoch"], "seconds": round(r["seconds"], 1)}
+    forget(cfg)
+    rows = {"runs.csv": [row | {"command": told}]}
+    if shared:
+        short = {k: key[k] for k in ("data", "fold", "arm", "seed", "version")}
+        rows["answers.csv"] = [
+            {**short, "what": k, "right": hex_of(v)} for k, v in right.items()
+        ]
+    return rows
 
 
-def row(data, cfg, r):
-    args = ",".join(f"{k}={v}" for k, v in cfg.method_args.items())
-    options = ",".join(f"{k}={v}" for k, v in cfg.dataset_args.items())
-    command = (
-        (
-            f"mla train --dataset {cfg.dataset} --dataset_args '{options}' --method "
-            f"{cfg.method}"
-        )
-        + (f" --method_args '{args}'" if args else "")
-        + f" --lr {cfg.lr} --seed {cfg.seed}"
-    )
-    history, pred = read_history(cfg.folder), load_pred(cfg.folder)
-    return dict(
-        data=data,
-        method=cfg.method,
-        args=args,
-        lr=cfg.lr,
-        seed=cfg.seed,
-        **{k: round(v, 4) for k, v in r["test"]["accuracy"].items()},
-        **(refused(pred, r["temperatures"]) if len(pred.mods) > 1 else {}),
-        best_epoch=r["best_epoch"],
-        epoch_seconds=round(r["seconds"] / len(history), 3),
-        epoch_memory=round(max(h["memory"] or 0 for h in history)),
-        command=command,
-    )
+def attempt(job) -> tuple:
+    "(key, rows or None, what went wrong) of one job, in a worker"
+    kind, key, cfg, told = job
+    torch.set_num_threads(1)
+    discover()
+    try:
+        return key, kind(key, cfg, told), ""
+    except Exception as e:  # told by the caller, and tried again by the next call
+        return key, None, f"{type(e).__name__}: {e}"
 
 
-def curve(data, cfg):
-    return [
-        {
-            "data": data,
-            "method": cfg.method,
-            "seed": cfg.seed,
-            "epoch": h["epoch"] + 1,
-            "valid": round(h["valid"]["accuracy"]["fused"], 4),
-        }
-        for h in read_history(cfg.folder)
-    ]
+class Rows:
+    "Files of rows that grow; for a new column, a file is written again"
 
+    def __init__(self, folder):
+        self.folder = folder
 
-def write(name, rows):
-    columns = list(dict.fromkeys(k for r in rows for k in r if k != "command")) + [
-        "command"
-    ] * ("command" in rows[0])
-    with (HERE / name).open("w", newline="") as f:
-        out = csv.DictWriter(f, columns)
+    def add(self, name: str, rows: list):
+        "Append rows; once this returns, they are on disk"
+        path, old = self.folder / name, []
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as f:
+                reader = csv.DictReader(f)
+                columns = reader.fieldnames
+                if any(k not in columns for r in rows for k in r):
+                    old = list(reader)
+        else:
+            columns = []
+        wanted = list(dict.fromkeys([*columns, *(k for r in rows for k in r)]))
+        text = io.StringIO()
+        out = csv.DictWriter(text, wanted, lineterminator="\n")
+        if wanted == columns:
+            out.writerows(rows)
+            with path.open("a", newline="", encoding="utf-8") as f:
+                f.write(text.getvalue())
+            return
         out.writeheader()
-        out.writerows(rows)
+        out.writerows([*old, *rows])
+        write_atomic(path, text.getvalue())
 
 
-def main(archive, jobs=2):
-    recordings = read_archive(archive)
-    for split in ("official", "speaker"):
-        prepare_digits(recordings, split=split, image_noise=0.5)
-    how, rows, sweep, curves = {"jobs": int(jobs)}, [], [], []
-    for data, name in DATA.items():
-        runs, tried = tune(
-            plan(name, METHODS, SEEDS, root=ROOT), LRS, label=f"sweep {data}", **how
-        )
-        sweep += [
-            {
-                "data": data,
-                "method": t["method"],
-                "args": ",".join(f"{k}={v}" for k, v in t["method_args"].items()),
-                "lr": t["lr"],
-                "valid": round(t["valid"], 4),
-                "chosen": int(t["chosen"]),
-            }
-            for t in tried
-        ]
-        lr = next(c.lr for c in runs if c.method == "mla")
-        mods = (
-            ["audio", "visual", "text"] if "synthetic" in name else ["audio", "image"]
-        )
-        runs += plan(name, VARIANTS + orders(mods), SEEDS, root=ROOT, lr=lr)
-        found = grid(runs, label=data, **how)
-        bad = [r for r in found if "error" in r]
-        rows += [row(data, c, r) for c, r in zip(runs, found) if "error" not in r]
-        curves += [
-            c
-            for cfg, r in zip(runs, found)
-            if cfg.method in CURVES and not cfg.method_args and "error" not in r
-            for c in curve(data, cfg)
-        ]
-        for name, what in {"sweep": sweep, "runs": rows, "curves": curves}.items():
-            write(f"{name}.csv", what)
-        if bad:
-            print(f"{data}: {len(bad)} runs failed: {bad}")
+def work(jobs, workers, label, rows) -> int:
+    "Do the jobs, store their rows as they come; returns how many failed"
+    failed = 0
+    if not jobs:
+        return failed
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(attempt, job) for job in jobs]
+        try:
+            for f in tqdm(as_completed(futures), label, len(futures), unit="run"):
+                key, found, why = f.result()
+                for name, new in (found or {}).items():
+                    rows.add(name, new)
+                if why:
+                    failed += 1
+                    tqdm.write(f"{key}: {why}")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
+
+
+def make_job(study, a, kind, data, arm, fold, lr, seed) -> tuple:
+    "What a worker needs for one run"
+    key = {"data": data, "fold": fold, "arm": arm, "seed": seed, "lr": lr}
+    where = {"data": a.data, "root": a.runs}
+    quiet = {"progress": False, "threads": 1, "workers": 0}
+    cfg = study.config(data, arm, seed, lr, fold, where | quiet)
+    told = study.command(data, arm, seed, lr, fold)
+    if kind is tested and study.about(data)["design"] == "shared":
+        kind = partial(tested, shared=True)
+    return kind, {**key, "version": VERSION, "machine": MACHINE}, cfg, told
+
+
+def to_tune(study, a, data, arms, beyond=False) -> list:
+    "Tuning runs without a row; `beyond`: one rate further out where the best is last"
+    out = []
+    for fold, arm in product(study.folds(data), arms):
+        rates = study.rates(data)
+        if beyond:
+            tried = study.tried(data, arm, fold)
+            further = rate_beyond(tried) if set(rates) <= set(tried) else None
+            rates = [further] if further else []
+        for lr, seed in product(rates, study.plan["protocol"]["tuning_seeds"]):
+            if (data, arm, fold, lr, seed) not in study.swept:
+                out.append(make_job(study, a, swept, data, arm, fold, lr, seed))
+    return out
+
+
+def to_test(study, a, data, arms) -> list:
+    "Runs to be tested without a row, with the rate that validation chose"
+    out = []
+    for fold, arm in product(study.folds(data), arms):
+        if not (tried := study.tried(data, arm, fold)):
+            continue
+        lr, have = best_rate(tried), study.values(data, arm)
+        todo = [s for s in study.seeds(data) if (fold, s) not in have]
+        out += [make_job(study, a, tested, data, arm, fold, lr, s) for s in todo]
+    return out
+
+
+def is_prepared(study, a, data) -> bool:
+    "Can all runs of a dataset start?"
+    for fold in study.folds(data):
+        cfg = study.config(data, "concat", 0, 0.1, fold, {"data": a.data})
+        spec = datasets[cfg.dataset]
+        where = spec.folder and spec.folder(data=a.data, **cfg.dataset_args)
+        if where and not (where / "dataset.json").exists():
+            return False
+    return True
+
+
+def arms_of(study, a, data) -> list:
+    "The arms of a dataset: those of the comparisons; with --all, every method"
+    if a.arms:
+        return [arm for arm in study.arms(data) if arm in a.arms.split(";")]
+    more = [m for m in methods if m != "unimodal"] if a.all else []
+    return list(dict.fromkeys([*study.arms(data), *more]))
+
+
+def one_dataset(study, a, data) -> int:
+    "Tune and test all arms of a dataset; returns how many runs failed"
+    arms, rows = arms_of(study, a, data), Rows(study.folder)
+    failed = work(to_tune(study, a, data, arms), a.jobs, f"{data}: tuning", rows)
+    for _ in range(study.plan["protocol"]["widen"]):
+        study.read()
+        jobs = to_tune(study, a, data, arms, beyond=True)
+        failed += work(jobs, a.jobs, f"{data}: further rates", rows)
+    study.read()
+    return failed + work(to_test(study, a, data, arms), a.jobs, f"{data}: tests", rows)
+
+
+def status(study, a) -> str:
+    "What is there, dataset by dataset"
+    lines = []
+    for data in study.data:
+        arms = arms_of(study, a, data)
+        full = len(study.seeds(data)) * len(study.folds(data))
+        done = Counter(r["arm"] for r in study.runs if r["data"] == data)
+        complete = sum(done[arm] >= full for arm in arms)
+        ready = "" if is_prepared(study, a, data) else " (not prepared)"
+        lines.append(f"{data}: {complete} of {len(arms)} arms complete{ready}")
+    versions = Counter(r["version"] for r in study.runs)
+    told = ", ".join(f"{k}: {n} rows" for k, n in versions.items())
+    return "\n".join([*lines, f"code now {VERSION}; tested runs by code: {told}"])
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--only", default="", help="datasets of study.toml, with commas")
+    p.add_argument("--arms", default="", help="arms, with semicolons")
+    p.add_argument("--all", action="store_true", help="every registered method")
+    p.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    p.add_argument("--data", default="data", help="prepared datasets")
+    p.add_argument("--runs", default="runs/study", help="unfinished runs")
+    p.add_argument(
+        "--plan", default=str(HERE / "study"), help="folder of study.toml and rows"
+    )
+    p.add_argument("--status", action="store_true", help="say what is there")
+    a = p.parse_args()
+    discover()
+    study = Study(a.plan)
+    if a.status:
+        print(status(study, a))
+        return
+    wanted = [d.strip() for d in a.only.split(",") if d.strip()]
+    for data in wanted:
+        study.about(data)
+    ready = [d for d in wanted or study.data if is_prepared(study, a, d)]
+    for d in wanted or study.data:
+        if d not in ready:
+            print(f"{d} is not prepared below {a.data}; see results/sources.py")
+    failed = sum(one_dataset(study, a, d) for d in ready)
+    if failed:
+        raise InputError(f"{failed} runs failed; the same command tries them again.")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    try:
+        main()
+    except InputError as e:
+        raise SystemExit(f"study: {e}") from None

@@ -31,9 +31,9 @@ PARTS = [
     ("I. The method in an evening", range(0, 12)),
     ("II. Rivals and yardsticks", range(12, 23)),
     ("III. Real encoders, real data", range(23, 40)),
-    ("IV. Experiments that survive", range(40, 54)),
-    ("V. Findings", range(54, 55)),
-    ("Reference", range(55, 56)),
+    ("IV. Experiments that survive", range(40, 55)),
+    ("V. Findings", range(55, 57)),
+    ("Reference", range(57, 58)),
 ]
 
 
