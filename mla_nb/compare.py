@@ -1308,11 +1308,12 @@ def accuracy_of(
     means = [v for r in rows if (v := r["test"]["accuracy"].get(name)) is not None]
     if not means:
         return None
-    right = [r["answers"]["right"].get(name) for r in rows if r.get("answers")]
-    right = [v for v in right if v is not None and len(v)]
-    if len(right) < len(means):
+    told = [r["answers"] for r in rows if r.get("answers")]
+    told = [a for a in told if len(a["right"].get(name, ()))]
+    if len(told) < len(means):
         return {"mean": sum(means) / len(means), "n": len(means)}
-    samples = [r["answers"]["samples"][name] for r in rows]
+    samples = [a["samples"][name] for a in told]
+    right = [a["right"][name] for a in told]
     return interval(right, all(s == samples[0] for s in samples), share=True)
 
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TRAINS', 'RULES', 'ANSWERED', 'hex_of', 'bits_of', 'code_version', 'Study', 'estimate', 'family', 'points',
-           'family_table', 'best_single', 'accuracy_table']
+           'family_table', 'best_single', 'accuracy_table', 'plot_family']
 
-# %% ../nbs/55_study.ipynb #344dfdce
+# %% ../nbs/55_study.ipynb #a3ccbf38
 import ast
 import csv
 import hashlib
 import shlex
+import textwrap
 import tomllib
 from collections import defaultdict
 from importlib.resources import files
@@ -22,7 +23,7 @@ from .core import InputError, unknown
 from .intervals import as_share, holm, interval, t_interval
 from .runs.config import Run, parse_args, with_options
 
-# %% ../nbs/55_study.ipynb #2b0c45dd
+# %% ../nbs/55_study.ipynb #61dbae06
 def hex_of(
     right,  # (N,) true where a test sample was answered correctly
 ) -> str:
@@ -39,7 +40,7 @@ def bits_of(
     packed = np.frombuffer(bytes.fromhex(digits), np.uint8)
     return np.unpackbits(packed, count=int(n)).astype(float)
 
-# %% ../nbs/55_study.ipynb #568a7328
+# %% ../nbs/55_study.ipynb #f2e26d0d
 TRAINS = "core tools data encoders heads methods missing evaluation train runs"
 
 
@@ -66,7 +67,7 @@ def _is_text(node) -> bool:
     value = getattr(node, "value", None)
     return isinstance(node, ast.Expr) and isinstance(getattr(value, "value", 0), str)
 
-# %% ../nbs/55_study.ipynb #9d960d7e
+# %% ../nbs/55_study.ipynb #ef278f47
 class Study:
     "A plan of comparisons, and the rows of its runs"
 
@@ -182,7 +183,7 @@ class Study:
             if (r["data"], r["arm"], r["what"]) == (data, arm, what)
         }
 
-# %% ../nbs/55_study.ipynb #f9a0b6b0
+# %% ../nbs/55_study.ipynb #4c7217c9
 def _by_fold(found) -> list:
     "The mean over the seeds of each fold"
     out = defaultdict(list)
@@ -219,7 +220,7 @@ def estimate(
 RULES = ["mean", "probabilities", "scaled", "entropy", "scaled entropy", "energy"]
 ANSWERED = ["own", *RULES, "fixed", "best"]  # what answers.csv holds
 
-# %% ../nbs/55_study.ipynb #9c66f8f9
+# %% ../nbs/55_study.ipynb #2cd1029f
 def family(
     study: Study,
     name: str,  # of a family of comparisons in the plan
@@ -237,7 +238,7 @@ def family(
     p = holm({k: v["p"] if v else 1.0 for k, v in found.items()})
     return {k: v and v | {"adjusted": p[k]} for k, v in found.items()}
 
-# %% ../nbs/55_study.ipynb #55333056
+# %% ../nbs/55_study.ipynb #9c7abb8d
 def points(
     found: dict | None,  # an interval of shares
     signed: bool = True,  # a difference, with its sign
@@ -297,3 +298,32 @@ def accuracy_table(
         told = [points(estimate(study, data, arm, c), signed=False) for c in names]
         lines.append(f"| `{arm}` | {' | '.join(told)} |")
     return "\n".join(lines)
+
+# %% ../nbs/55_study.ipynb #e2cf3d56
+def plot_family(
+    study: Study,
+    name: str,  # of a family
+    data: list | None = None,  # which datasets; None: all of the family
+):
+    "One panel per dataset: differences from the reference with 95% intervals"
+    import matplotlib.pyplot as plt
+
+    f, found = study.families[name], family(study, name)
+    data, arms = data or f["data"], f["arms"]
+    height = 0.9 + 0.28 * len(arms)
+    size = {"figsize": (8, height), "sharey": True, "squeeze": False}
+    fig, axs = plt.subplots(1, len(data), **size)
+    for ax, d in zip(axs[0], data):
+        for k, v in enumerate(found[arm, d] for arm in arms):
+            if v:
+                mean, *ends = (100 * v[key] for key in ("mean", "low", "high"))
+                ax.plot(ends, [k, k], color="#0072B2", lw=1.5)
+                face = "#0072B2" if v["adjusted"] < 0.05 else "white"
+                ax.plot(mean, k, "o", ms=5, mfc=face, mec="#0072B2")
+        ax.axvline(0, color="#777777", lw=0.8)
+        ax.set(yticks=range(len(arms)), ylim=(len(arms) - 0.5, -0.5))
+        ax.set_yticklabels(arms)
+        ax.set_title(textwrap.fill(study.about(d)["title"], 22), fontsize=9)
+    fig.supxlabel(f"points more than {f['reference']}", fontsize=9)
+    fig.tight_layout()
+    return axs[0]
