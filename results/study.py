@@ -11,6 +11,7 @@ goes on, also on another machine, because the rows are what it looks at.
 --jobs 2              processes
 --data, --runs        folders of prepared datasets, and of unfinished runs
 --status              say how much is there, and do nothing
+--fresh               first drop the rows that other versions of the code made
 
 results/sources.py prepares the datasets; one that is not prepared is left out.
 """
@@ -232,6 +233,18 @@ def is_prepared(study, a, data) -> bool:
     return True
 
 
+def drop_old(study):
+    "Keep only rows that the present code made"
+    for name in ("sweep.csv", "runs.csv", "answers.csv"):
+        old = study.rows(name)
+        kept = [r for r in old if r["version"] == VERSION]
+        if len(kept) < len(old):
+            print(f"{name}: {len(old) - len(kept)} rows of older code are dropped")
+            (study.folder / name).unlink()
+            if kept:
+                Rows(study.folder).add(name, kept)
+
+
 def arms_of(study, a, data) -> list:
     "The arms of a dataset: those of the comparisons; with --all, every method"
     if a.arms:
@@ -279,12 +292,16 @@ def main():
         "--plan", default=str(HERE / "study"), help="folder of study.toml and rows"
     )
     p.add_argument("--status", action="store_true", help="say what is there")
+    p.add_argument("--fresh", action="store_true", help="drop rows of older code")
     a = p.parse_args()
     discover()
     study = Study(a.plan)
     if a.status:
         print(status(study, a))
         return
+    if a.fresh:
+        drop_old(study)
+        study.read()
     wanted = [d.strip() for d in a.only.split(",") if d.strip()]
     for data in wanted:
         study.about(data)

@@ -1,0 +1,174 @@
+"""results/study.py makes rows, goes on where it was stopped, and drops old ones"""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from mla_nb.core import InputError
+from mla_nb.study import Study, bits_of, code_version, estimate, family, hex_of
+
+PLAN = """
+[protocol]
+rates = [0.1]
+tuning_seeds = [100]
+widen = 1
+settings = {epochs = 1, batch_size = 32, encoder = "small"}
+[data.small]
+dataset = "synthetic(n_train=48,n_valid=24,n_test=40)"
+modalities = ["text"]
+design = "own"
+seeds = 2
+title = "small"
+[data.same]
+dataset = "synthetic(n_train=48,n_valid=24,n_test=40,seed=3)"
+modalities = ["text"]
+design = "shared"
+seeds = 2
+title = "one test set"
+[family.first]
+question = "Is mla better than concat?"
+reference = "concat"
+arms = ["mla momentum=0"]
+data = ["small", "same"]
+rule = "mean"
+[rules]
+nets = []
+data = []
+"""
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    "A plan whose runs were made"
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "study.toml").write_text(PLAN)
+    made = call(folder)
+    assert made.returncode == 0, made.stderr[-3000:]
+    return folder
+
+
+def call(folder, *options):
+    where = ["--plan", folder, "--runs", folder / "runs", "--jobs", "2"]
+    return subprocess.run(
+        [sys.executable, ROOT / "results/study.py", *where, *options],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+
+
+def rows(path):
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_every_arm_is_tuned_and_tested_once(plan):
+    study = Study(plan)
+    arms = ["unimodal(modality=text)", "concat", "mla momentum=0"]
+    for data in ("small", "same"):
+        assert study.arms(data) == arms
+        for arm in arms:
+            assert list(study.tried(data, arm)) == [0.1]
+            assert sorted(study.values(data, arm)) == [("", 0), ("", 1)]
+    assert not list((plan / "runs").glob("*")), "folders are left behind"
+    assert len(rows(plan / "runs.csv")) == 12
+    again = call(plan)
+    assert again.returncode == 0 and len(rows(plan / "runs.csv")) == 12
+
+
+def test_rows_say_what_a_run_says(plan):
+    "The command of a row comes to the numbers of the row"
+    study = Study(plan)
+    row = study.of("small", "mla momentum=0")[0]
+    assert "--momentum 0" in row["command"] and row["version"] == code_version()
+    from mla_nb.runs.run import run
+
+    lr = float(row["lr"])
+    more = {"root": str(plan / "again"), "threads": 1, "progress": False, "workers": 0}
+    r = run(study.config("small", "mla momentum=0", int(row["seed"]), lr, "", more))
+    test = r["test"]["accuracy"]
+    assert abs(float(row["own"]) - test["fused"]) < 1e-4
+    assert abs(float(row["audio"]) - test["audio"]) < 1e-4
+    assert float(row["mean"]) <= 1 and float(row["f1"]) <= 1
+    assert len(json.dumps(row)) < 2000
+
+
+def test_answers_are_kept_where_seeds_share_a_test_set(plan):
+    study = Study(plan)
+    assert {r["data"] for r in study.answers} == {"same"}
+    right = study.right("same", "concat", "mean")
+    means = study.values("same", "concat", "mean")
+    assert right.keys() == means.keys()
+    for k, v in right.items():
+        assert len(v) == 40 and abs(v.mean() - means[k]) < 1e-4
+
+
+def test_differences_are_paired(plan):
+    study = Study(plan)
+    found = family(study, "first")
+    for data in ("small", "same"):
+        a = study.values(data, "mla momentum=0", "mean")
+        b = study.values(data, "concat", "mean")
+        by_hand = sum(a[k] - b[k] for k in a) / len(a)
+        assert abs(found["mla momentum=0", data]["mean"] - by_hand) < 1e-4
+        assert estimate(study, data, "film") is None
+
+
+def test_a_row_that_is_missing_is_made_again_and_old_rows_are_dropped(plan, tmp_path):
+    (tmp_path / "study.toml").write_text(PLAN)
+    for name in ("sweep.csv", "runs.csv", "answers.csv"):
+        text = (plan / name).read_text()
+        (tmp_path / name).write_text(text)
+    lines = (plan / "runs.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.csv").write_text("".join(lines[:-1]))
+    made = call(tmp_path)
+    assert made.returncode == 0
+    key = ("data", "arm", "seed", "own", "mean")
+    now = sorted(tuple(r[k] for k in key) for r in rows(tmp_path / "runs.csv"))
+    assert now == sorted(tuple(r[k] for k in key) for r in rows(plan / "runs.csv"))
+    text = (tmp_path / "sweep.csv").read_text().replace(code_version(), "0" * 12, 1)
+    (tmp_path / "sweep.csv").write_text(text)
+    said = call(tmp_path, "--status").stdout
+    assert "small: 3 of 3 arms complete" in said
+    fresh = call(tmp_path, "--fresh", "--only", "small")
+    assert "1 rows of older code are dropped" in fresh.stdout
+    assert {r["version"] for r in rows(tmp_path / "sweep.csv")} == {code_version()}
+
+
+def test_a_wrong_name_is_one_sentence(plan):
+    said = call(plan, "--only", "smal")
+    assert said.returncode == 1 and "did you mean 'small'" in said.stderr
+    assert "Traceback" not in said.stderr
+    with pytest.raises(InputError, match="did you mean 'first'"):
+        family(Study(plan), "fist")
+
+
+def test_answers_survive_as_text():
+    for n in (1, 7, 8, 9, 519):
+        right = [k % 3 == 0 for k in range(n)]
+        assert bits_of(hex_of(right)).tolist() == [float(v) for v in right]
+
+
+def test_the_rows_in_the_repository_are_of_one_version():
+    study = Study(ROOT / "results/study")
+    kinds = (study.sweep, study.runs, study.answers)
+    assert len({r["version"] for part in kinds for r in part}) <= 1
+
+
+def test_the_plan_names_what_exists():
+    "Every arm, dataset and setting of the real plan makes a Run"
+    study = Study(ROOT / "results/study")
+    for data in study.data:
+        assert {"dataset", "design", "seeds", "title", "modalities"} <= set(
+            study.about(data)
+        )
+        for arm in study.arms(data):
+            study.config(data, arm, 0, 0.1, study.folds(data)[0])
+    for f in study.families.values():
+        assert f["reference"] not in f["arms"] and set(f["data"]) <= set(study.data)
+    rates = study.plan["protocol"]["rates"]
+    assert len(rates) >= 5 and max(rates) / min(rates) >= 99
