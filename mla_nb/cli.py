@@ -683,10 +683,11 @@ def _predict_csv(p, o):
     if p.note:
         print(f"note: {p.note}")
     if r["trained"]:
-        text = f"the model was trained on {r['trained']} of these rows (column 'split')"
+        text = f"{r['trained']} of these rows have the id of a training sample (column "
+        text += "'split'); if they are that sample, their answers prove nothing"
         if r["new"] and r["new"] < r["labeled"]:
             share = 100 * r["accuracy_new"]
-            text += f"; accuracy over the {r['new']} other labels: {share:.1f}%"
+            text += f"; accuracy over the other rows ({r['new']}): {share:.1f}%"
         print(text)
     if r["reason"]:
         rows = "row has" if r["reasons"] == 1 else "rows have"

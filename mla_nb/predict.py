@@ -599,6 +599,11 @@ class Classifier:
         self.frozen = frozen.only(net.encoders) if frozen else {}
         self.to(device)
 
+    def __repr__(self):
+        method = self.about.get("run", {}).get("method", "a classifier")
+        mods = ", ".join(self.modalities)
+        return f"Classifier({method}; reads {mods}; {len(self.classes)} classes)"
+
     @property
     def sources(self) -> dict:
         "modality -> Modality of the items that are read: before a frozen encoder"

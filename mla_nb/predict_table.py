@@ -18,18 +18,29 @@ from pathlib import Path
 import torch
 
 from .data.media import read_text
-from .data.own import read_cells
+from .data.own import found_path, read_cells
 from .predict import Classifier, Explanation, as_dict, name_of
 from .runs.config import Run
 from .runs.run import data_checksum, make_dataset
 from .tools import InputError, read_json, unknown, write_atomic
 
 # %% ../nbs/50_predict_table.ipynb #b7f7e17f
-def _table(path, known=()):
+def _roles(declared) -> dict:
+    "Column -> 'id' or 'label', where the training table declared other names for them"
+    parts = (part.rpartition("=") for part in declared.split(",") if ":" not in part)
+    return {
+        column.strip().lower(): role.strip()
+        for role, _, column in parts
+        if role.strip() in ("id", "label")
+    }
+
+
+def _table(path, known=(), roles=None):
     "(line, {column: cell}); columns by their known names, what is empty as ''"
     if not path.is_file():
         raise InputError(f"{path}: there is no such table; give a CSV with a header.")
-    names, lines = {c.lower(): c for c in known}, read_cells(path)
+    names = (roles or {}) | {c.lower(): c for c in known}
+    lines = read_cells(path)
     if not lines:
         raise InputError(
             f"{path}: the table is empty; expected a header and one sample per line."
@@ -70,7 +81,7 @@ def _request(path, k, n, cells, mods):
     }
     sources = {m: v for m, v in sources.items() if v}
     if cells.get("text_file"):
-        sources["text"] = path.parent / cells["text_file"]
+        sources["text"] = found_path(path.parent, cells["text_file"])
     return {
         "id": cells.get("id") or str(n),
         "key": cells.get("id") or name_of(sources),
@@ -93,19 +104,20 @@ def _source(path, m, mod, cells):
     if mod.kind == "vector":
         return given[0] if given[0][:1] == "[" else [v or None for v in given]
     words = mod.kind == "text" or given[0][:1] == "["
-    return given[0] if words else str(path.parent / given[0])
+    return given[0] if words else str(found_path(path.parent, given[0]))
 
 # %% ../nbs/50_predict_table.ipynb #08cde616
 def read_requests(
     path,  # a CSV with a header
     mods: dict,  # the run's modalities
     classes: list,  # its classes
+    declared: str = "",  # --columns of its training table: id=Nr,label=Urteil,…
 ) -> list:  # dict(id, key, label, named, sources, note) each
     "A table of files to ask about, checked"
     path, text_file = Path(path), ["text_file"] if "text" in mods else []
     columns = {c for mod in mods.values() for c in mod.info.get("columns", ())}
     known = ["id", "label", *mods, *text_file, "split", "group", *sorted(columns)]
-    lines = _table(path, known)
+    lines = _table(path, known, _roles(declared))
     _not_asked(path, lines[0][1], known)
     if not set(lines[0][1]) & {*mods, "text_file", *columns}:
         raise InputError(
@@ -286,7 +298,8 @@ def predict_table(
     "Ask about every row of a table; killed, the same call goes on where it stopped"
     from tqdm.auto import tqdm
 
-    rows, out = read_requests(table, p.sources, p.classes), Path(out)
+    declared = p.about.get("dataset", {}).get("source", {}).get("columns", "")
+    rows, out = read_requests(table, p.sources, p.classes, declared), Path(out)
     plan = {
         "model": fingerprint(p),
         "table": hashlib.sha256(

@@ -373,7 +373,7 @@ def test_the_command_says_so_and_fails_where_no_row_is_answered(study, capsys):
             *data,
         ]
     )
-    assert "the model was trained on 2 of these rows" in capsys.readouterr().out
+    assert "2 of these rows have the id of a training sample" in capsys.readouterr().out
     path.with_name("gone.csv").write_text("id,audio\na,gone.wav\nb,lost.wav\n")
     gone = str(path.with_name("gone.csv")), "--out", out + "2"
     with pytest.raises(SystemExit, match="no row was answered") as e:

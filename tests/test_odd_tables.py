@@ -478,3 +478,33 @@ def test_case_slow_tokenizers(case):
     pytest.importorskip("transformers")
     out = case("slow_tokenizers")
     assert "InputError" in out and "BertweetTokenizer is written in Python" in out
+
+
+def test_a_path_that_windows_wrote(tmp_path):
+    "Backslashes in cells of a table that is read elsewhere, in training and prediction"
+    from mla_nb.data.own import found_path
+
+    folder = tmp_path / "photos" / "Mai"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(b"x")
+    assert found_path(tmp_path, "photos\\Mai\\a.png") == folder / "a.png"
+    assert found_path(tmp_path, "photos/Mai/a.png") == folder / "a.png"
+    odd = tmp_path / "b\\c.png"  # a name that really has a backslash
+    odd.write_bytes(b"x")
+    assert found_path(tmp_path, "b\\c.png") == odd
+
+
+def test_id_and_label_keep_the_names_that_the_training_table_declared(tmp_path):
+    from mla_nb.core import Modality
+    from mla_nb.predict_table import read_requests
+
+    table = tmp_path / "neu.csv"
+    table.write_text("Nr;Tweet;Stimmung\n7;hallo;gut\n8;na ja;böse\n", "utf-8")
+    mods = {"Tweet": Modality("text", "text", {"columns": ["Tweet"]})}
+    declared = "id=Nr,label=Stimmung,Tweet:text"
+    rows = read_requests(table, mods, ["gut", "böse"], declared)
+    assert [(r["id"], r["label"]) for r in rows] == [("7", "gut"), ("8", "böse")]
+    usual = tmp_path / "usual.csv"  # the usual names are read as well
+    usual.write_text("id,Tweet,label\n7,hallo,gut\n", "utf-8")
+    [row] = read_requests(usual, mods, ["gut", "böse"], declared)
+    assert (row["id"], row["label"]) == ("7", "gut")

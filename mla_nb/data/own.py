@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'PATHS', 'COLUMNS', 'KINDS', 'WITH_SOUND', 'RESERVED', 'PARTS', 'BINARY', 'ENDINGS', 'MANY', 'own_example',
-           'read_cells', 'as_number', 'as_numbers', 'kind_of', 'own_columns', 'own_rows', 'read_table', 'own_classes',
-           'own_splits', 'series_of', 'facts_of', 'read_own', 'own_modalities', 'prepare_own', 'own_main', 'own_item',
-           'own', 'kinetics_rows', 'kinetics_splits', 'prepare_kinetics', 'kinetics_main', 'kinetics']
+           'read_cells', 'as_number', 'as_numbers', 'kind_of', 'own_columns', 'own_rows', 'read_table', 'found_path',
+           'own_classes', 'own_splits', 'series_of', 'facts_of', 'read_own', 'own_modalities', 'prepare_own',
+           'own_main', 'own_item', 'own', 'kinetics_rows', 'kinetics_splits', 'prepare_kinetics', 'kinetics_main',
+           'kinetics']
 
 # %% ../../nbs/39_own.ipynb #429a10f7
 import csv
@@ -526,6 +527,17 @@ def _span(row, where):
     return {"span": [start, end]}
 
 
+def found_path(
+    folder,  # the table's
+    cell: str,  # a path as the table says it
+) -> Path:
+    "The file that a cell names; Windows' backslashes count as slashes elsewhere"
+    path = Path(folder) / cell
+    if "\\" in cell and not path.exists():
+        return Path(folder) / cell.replace("\\", "/")
+    return path
+
+
 def _values(cells, plan, folder, where):
     "modality -> a path, a text, a list of numbers, or what the cells of a vector hold"
     out = {}
@@ -539,7 +551,7 @@ def _values(cells, plan, folder, where):
                 out[m] = [cells.get(c) for c in p["columns"]]
             elif file or (p["kind"] == "series" and _is_path(v)):
                 key = "text_file" if c == "text_file" and m == "text" else m
-                out[key] = str(folder / str(v))
+                out[key] = str(found_path(folder, str(v)))
             else:
                 out[m] = v if p["kind"] == "series" else str(v)
     return out

@@ -258,8 +258,10 @@ def _check_request(name, classes, sources, options, workers):
     for split in ("train", "valid", "test"):
         if not sources.get(split):
             raise InputError(
-                f"{name}: the {split} split would be empty; check the split options "
-                f"({options})."
+                f"{name}: the {split} split would be empty "
+                f"({', '.join(f'{k} {len(v)}' for k, v in sources.items())} samples "
+                f"of {len(classes)} classes); give it samples: another split, or more "
+                "than a few samples per class."
             )
     validate_option("workers", workers, int, 0, 256)
     if "total" in classes:
