@@ -516,7 +516,10 @@ def evaluate(
     ] = "",
     temperature: Annotated[
         str,
-        typer.Option(help="'validation': the rules see logits scaled by temperatures"),
+        typer.Option(
+            help="'validation': rules see logits scaled by temperatures; "
+            "'sum': these are added up, too"
+        ),
     ] = "",
     split: Annotated[str, typer.Option(help="test or valid")] = "test",
     probe: Annotated[

@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -61,7 +62,7 @@ from mla_nb.runs.run import (
     run,
     settled,
 )
-from .tools import InputError, read_json
+from .tools import InputError, check_options, read_json
 from .train.checkpoints import Stopped, load_pred
 from .train.learner import Learner, plot_learning
 from .train.loaders import loaders, usual_workers
@@ -662,6 +663,19 @@ def _modalities_of(cfg) -> list:
     return list(make_dataset(cfg).modalities if there else spec.modalities)
 
 
+def _try_options(cfg):
+    "Refuse wrong options of a dataset before anything is trained; loads no data"
+    spec, options = datasets[cfg.dataset], cfg.dataset_args
+    given = check_options(spec.make, options, ("seed", "data"))
+    if spec.folder:
+        spec.folder(**{"data": cfg.data, **given})
+        return
+    takes = signature(spec.make).parameters
+    few = {k: 1 for k in ("n_train", "n_valid", "n_test") if k in takes}
+    if few:
+        call(spec.make, {**options, **few})
+
+
 def plan(
     datasets,  # 'digits,synthetic(family=lazy)' or a list
     methods,  # 'mla,unimodal' or a list
@@ -672,6 +686,7 @@ def plan(
     runs, seeds = [], seed_list(seeds)
     for d, options in map(with_options, split_list(datasets)):
         base = settled(Run(dataset=d, dataset_args=options, **common))
+        _try_options(base)
         if base.missing or base.missing_test:
             make_dataset(base)  # has it these modalities?
         for m, args in map(with_options, split_list(methods)):
@@ -1045,7 +1060,7 @@ def _against_single(r, p) -> list:
 def evaluate_run(
     folder,  # of a finished run; nothing in it is changed
     rule: str = "",  # fusion rules, separated by commas; empty: the run's own
-    temperature: str = "",  # 'validation': rules see logits scaled by temperatures
+    temperature: str = "",  # 'validation' or 'sum', as in `Run`
     split: str = "test",  # or 'valid'
     data: str = "data",  # folder of prepared datasets
     probe: bool = False,  # also a linear probe of each encoder
@@ -1054,8 +1069,8 @@ def evaluate_run(
     "Answer again with the net of a finished run, under other rules, without training"
     if split not in ("test", "valid"):
         raise unknown("split", split, ["test", "valid"])
-    if temperature not in ("", "validation"):
-        raise unknown("temperature", temperature, ["validation"])
+    if temperature not in ("", "validation", "sum"):
+        raise unknown("temperature", temperature, ["validation", "sum"])
     learn, s = reopen(folder, data, device)
     methods = {
         name or "own": _under_rule(learn.method, name, temperature)
@@ -1112,7 +1127,7 @@ def _under_rule(method, name, temperature):
         word, args = with_options(name)
         rule = call(rules[word], args) if args else make_rule(word)
     if temperature and not isinstance(rule, TemperatureScaled):
-        rule = TemperatureScaled(rule)
+        rule = TemperatureScaled(rule, sums=temperature == "sum")
     return replace(method, rule=rule)
 
 

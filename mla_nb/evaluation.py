@@ -161,10 +161,12 @@ class TemperatureScaled:
     def __init__(self, rule="entropy", temperatures=None, sums: bool = False):
         self.rule, self.temperatures, self.sums = make_rule(rule), temperatures, sums
         name = getattr(self.rule, "__name__", type(self.rule).__name__)
-        if not sums and name in ("NoneType", "mean", "mean_rule", "FixedWeights"):
+        blind = ("mean", "mean_rule", "FixedWeights")  # to how sure a modality looks
+        if name == "NoneType" or (name in blind and not sums):
             raise InputError(
                 "a temperature changes how sure a modality looks, and this rule "
-                "does not look at that; use rule='entropy' or 'energy', or sums=True."
+                "does not look at that; use rule='entropy' or 'energy', or for a rule "
+                "of equal or fixed weights temperature=sum."
             )
 
     def __call__(self, logits, present):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'NO_LOCKS', 'InputError', 'UnknownName', 'nearest', 'unknown', 'valid_text', 'discover', 'Registry',
-           'validate_option', 'call', 'as_rate', 'rate_text', 'set_seed', 'rng_state', 'set_rng_state', 'write_atomic',
-           'read_json', 'sha256', 'digest', 'Locked', 'locked']
+           'validate_option', 'check_options', 'call', 'as_rate', 'rate_text', 'set_seed', 'rng_state', 'set_rng_state',
+           'write_atomic', 'read_json', 'sha256', 'digest', 'Locked', 'locked']
 
 # %% ../nbs/57_tools.ipynb #ac570fb6
 import difflib
@@ -154,23 +154,33 @@ def validate_option(
     return value
 
 # %% ../nbs/57_tools.ipynb #1d689838
-def call(
+def check_options(
     factory,  # from a registry
     options: dict,  # by the user
-    **context,  # passed on if the factory takes it
-):
-    "Call a factory; unknown options and values of the wrong kind are refused"
+    context=(),  # names that the package passes on, which are no options
+) -> dict:  # the options, with numbers that came as text
+    "Refuse unknown options and values of the wrong kind"
     params = inspect.signature(factory).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in params.values()):
         allowed = [k for k in params if k not in context]
         for k in options:
             if k not in allowed:
                 raise unknown(f"option of {factory.__name__}", k, allowed)
-    given = {
+    return {
         k: validate_option(k, v, params[k].annotation) if k in params else v
         for k, v in options.items()
     }
-    return factory(**{**{k: v for k, v in context.items() if k in params}, **given})
+
+
+def call(
+    factory,  # from a registry
+    options: dict,  # by the user
+    **context,  # passed on if the factory takes it
+):
+    "Call a factory; unknown options and values of the wrong kind are refused"
+    given, params = check_options(factory, options, context), inspect.signature(factory)
+    passed = {k: v for k, v in context.items() if k in params.parameters}
+    return factory(**{**passed, **given})
 
 # %% ../nbs/57_tools.ipynb #4999d8aa
 def as_rate(

@@ -151,7 +151,7 @@ def test_scaled_logits_are_what_is_summed():
     cosine = torch.cosine_similarity(by_hand, both.fused, 1)
     assert torch.allclose(cosine, torch.ones(40), atol=1e-5)
     assert not torch.allclose(own.weights, both.weights)
-    with pytest.raises(InputError, match="sums=True"):
+    with pytest.raises(InputError, match="temperature=sum"):
         TemperatureScaled("mean")
     fitted = TemperatureScaled("mean", sums=True).fit(p)
     assert fitted.sums and len(fitted.temperatures) == 2

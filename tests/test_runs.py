@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from mla_nb.cli import main
 from mla_nb.compare import results, table
 from mla_nb.core import InputError
-from mla_nb.methods.fusion import entropy_rule
+from mla_nb.methods.fusion import entropy_rule, mean
 from mla_nb.methods.qmf import energy
 from mla_nb.runs.config import Run
 from mla_nb.runs.run import load_run, run
@@ -175,6 +175,8 @@ def test_methods_run_and_load_again(tmp_path, method):
         {"rule": "calibrated"},
         {"temperature": "validation"},
         {"rule": "energy", "temperature": "validation"},
+        {"temperature": "sum"},
+        {"rule": "mean", "temperature": "sum"},
         {},
     ],
 )
@@ -185,9 +187,9 @@ def test_temperatures_are_stored_with_a_run_and_used_where_asked(tmp_path, how):
     assert getattr(m.rule, "temperatures", None) == (
         tuple(r["temperatures"][k] for k in net.encoders) if how else None
     )
-    assert not how or m.rule.rule is (
-        energy if "energy" in how.values() else entropy_rule
-    )
+    inner = {"energy": energy, "mean": mean}.get(how.get("rule"), entropy_rule)
+    assert not how or m.rule.rule is inner
+    assert not how or m.rule.sums == (how.get("temperature") == "sum")
     p = load_pred(tmp_path / r["id"])
     assert torch.allclose(
         m.rule(p.logits, p.present), p.weights, atol=1e-6

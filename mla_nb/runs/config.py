@@ -271,11 +271,11 @@ class ModelConfig(Config):
         "'audio=resnet18,image=m3ae(size=small)'",
     )
     rule: Text = option("", "test-time fusion rule; empty: the method's own")
-    temperature: Literal["", "validation"] = option(
+    temperature: Literal["", "validation", "sum"] = option(
         "",
         "'validation': the rule sees logits scaled by temperatures "
-        "chosen on validation",
-        "'validation' or nothing",
+        "chosen on validation; 'sum': these are also what is added up",
+        "'validation', 'sum' or nothing",
     )
     init: Text = option(
         "", "start from the weights of this run folder or safetensors file"

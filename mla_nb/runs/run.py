@@ -101,7 +101,8 @@ def make_method(cfg: ModelConfig) -> Method:
     if cfg.rule:
         method = replace(method, rule=make_rule(cfg.rule))
     if cfg.temperature:
-        method = replace(method, rule=TemperatureScaled(method.rule))
+        sums = cfg.temperature == "sum"
+        method = replace(method, rule=TemperatureScaled(method.rule, sums=sums))
     return method
 
 # %% ../../nbs/45_runs.ipynb #81d0f4dc
