@@ -158,7 +158,7 @@ def check_options(
     factory,  # from a registry
     options: dict,  # by the user
     context=(),  # names that the package passes on, which are no options
-) -> dict:  # the options, with numbers that came as text
+) -> dict:  # the options, checked
     "Refuse unknown options and values of the wrong kind"
     params = inspect.signature(factory).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in params.values()):

@@ -97,12 +97,14 @@ def tested(key, cfg, told, shared=False) -> dict:
     learn, _ = reopen(cfg.folder, cfg.data, "cpu")
     test, fused = under_rules(learn)
     order = test.idx.argsort()
-    right = {k: (v.argmax(1) == test.y)[order].numpy() for k, v in fused.items()}
+    every = {m: v for m, v in test.uni.items() if test.present.all()}
+    told_by = fused | (every if len(every) > 1 else {})
+    right = {k: (v.argmax(1) == test.y)[order].numpy() for k, v in told_by.items()}
     single = {m: v for m, v in scores(test)["accuracy"].items() if m != "fused"}
     shares = {
         "valid": r["valid"]["accuracy"]["fused"],
         "train": scores(learn.predictions(learn.dls.train))["accuracy"]["fused"],
-        **{k: float(v.mean()) for k, v in right.items()},
+        **{k: float(right[k].mean()) for k in fused},
         **single,
         **{k: r["metrics"]["fused"][k] for k in ("f1", "balanced")},
     }

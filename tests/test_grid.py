@@ -177,3 +177,20 @@ def test_wrong_input(flags, says, tmp_path, monkeypatch):
         and str(e.value.code).startswith("mla grid: ")
         and not list(tmp_path.iterdir())
     )
+
+
+@pytest.mark.parametrize(
+    "dataset, says",
+    [
+        ("synthetic(famly=lazy)", "did you mean 'family'"),
+        ("synthetic(family=lzy)", "did you mean 'lazy'"),
+        ("digits(splt=speaker)", "did you mean 'split'"),
+        ("digits(split=speker)", "did you mean 'speaker'"),
+    ],
+)
+def test_a_typing_error_in_a_datasets_option_is_found_before_anything_runs(
+    dataset, says, tmp_path
+):
+    with pytest.raises(InputError, match=says):
+        plan(dataset, "concat", "0:2", data=str(tmp_path), root=str(tmp_path / "runs"))
+    assert not list(tmp_path.iterdir())
