@@ -19,6 +19,9 @@ from mla_nb.data.arrays import as_items, as_labels, samples_from_arrays
 from mla_nb.data.decode import decode_image
 from mla_nb.data.media import media_options, read_media
 from mla_nb.data.own import facts_of, own_rows, prepare_own
+from mla_nb.evaluation import findings, gap_to_single
+from mla_nb.methods.base import Pred
+from mla_nb.predict import as_columns, fit
 from mla_nb.predict_table import read_requests
 
 torch.set_num_threads(1)
@@ -270,3 +273,49 @@ def test_looks_and_declarations_go_together():
 def test_a_vector_with_too_few_values_says_what_it_needs():
     with pytest.raises(InputError, match=r"\[a number, a word\], with quotes"):
         facts_of("12;L", [True, False])
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    g = np.random.default_rng(0)
+    k = np.arange(80) % 2
+    frame = pd.DataFrame(
+        {
+            "sway": [g.normal(c, 1, (9 + i % 5, 2)) for i, c in enumerate(k)],
+            "price": np.where(g.random(80) < 0.2, np.nan, k + g.normal(0, 0.3, 80)),
+            "wood": np.array(["fir", "oak"])[k],
+        }
+    )
+    return frame, fit(frame, k, {"facts": ["price", "wood"]}, epochs=2, method="mla")
+
+
+def test_a_list_is_one_row_of_a_vector_of_several_columns(fitted):
+    frame, c = fitted
+    one = c.predict_proba(sway=frame.sway[0], facts=[0.5, "oak"])
+    same = c.predict_proba(sway=[frame.sway[0]], facts=[[0.5, "oak"]])
+    assert torch.allclose(one, same[0])
+    assert len(c.predict(facts=[[0.5, "oak"], [None, "fir"]])) == 2
+    assert isinstance(c.predict(facts=[None, "fir"]), str)
+
+
+def test_a_table_without_a_name_is_refused_with_the_spelling(fitted):
+    frame, c = fitted
+    for ask in (c.predict, c.predict_proba):
+        with pytest.raises(InputError, match="as_columns"):
+            ask(frame)
+    columns = as_columns(frame, c.modalities)
+    assert len(c.predict(**columns)) == len(frame)
+
+
+def test_an_accuracy_on_part_of_the_samples_says_so():
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(40) % 2
+    logits = torch.randn(2, 40, 2, generator=g)
+    logits[0] += 4 * torch.nn.functional.one_hot(y, 2)
+    present = torch.ones(2, 40, dtype=torch.bool)
+    present[0, :10] = False
+    p = Pred(["leaf", "bark"], logits, logits[1], None, present, y, torch.arange(40))
+    d = gap_to_single(p, {"leaf": 0.9, "bark": 0.5, "fused": 0.5})
+    assert d["n"] == 30
+    (said,) = [f for f in findings({"single": d}) if "leaf alone" in f]
+    assert "on the 30 samples of test that have leaf" in said
