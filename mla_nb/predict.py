@@ -381,8 +381,11 @@ def as_samples(
         raise InputError(
             f"nothing to predict from; give at least one of {', '.join(mods)}."
         )
-    given = {m: as_items(m, v) if _is_column(v) else v for m, v in given.items()}
-    lists = [m for m, v in given.items() if isinstance(v, list)]
+    kinds = mods if isinstance(mods, dict) else {}
+    one = {m for m, v in given.items() if m in kinds and _one_row(kinds[m], v)}
+    many = [m for m, v in given.items() if _is_column(v) and m not in one]
+    given = {m: as_items(m, v) if m in many else v for m, v in given.items()}
+    lists = [m for m in many if isinstance(given[m], list)]
     if not lists:
         return [given], False
     sizes = {m: len(given[m]) if m in lists else "one" for m in given}
@@ -711,8 +714,6 @@ class Classifier:
             shape = self.frozen.about[m]["item"]  # no vectors
         if m in self.modalities and self.modalities[m].form == "wave":
             return v  # (2,T) may be stereo
-        if m in self.modalities and _one_row(self.modalities[m], v):
-            return tuple(v)
         several = shape is not None and getattr(v, "ndim", -1) == len(shape) + 1
         numbers = shape == [1] and getattr(v, "ndim", 0) == 1 and len(v) > 1
         return list(v) if (several or numbers) and not _is_column(v) else v
