@@ -480,7 +480,6 @@ def _plain_text(source) -> str:
         )
     return text
 
-
 # %% ../../nbs/24_files.ipynb #f6f5f2b6
 FEATURES = ("spectrogram", "fbank", "log_mel")
 RATE = 16000

@@ -750,8 +750,8 @@ def facts_of(
     if len(values) != len(numbers):
         kinds = ", ".join("a number" if n else "a word" for n in numbers)
         raise InputError(
-            f"{values}: this vector has {len(numbers)} values, and {len(values)} given; "
-            f"give them as a list: [{kinds}], with quotes around words."
+            f"{values}: {len(values)} given, but this vector has {len(numbers)} "
+            f"values; give them as a list: [{kinds}], with quotes around words."
         )
     out = []
     for v, number in zip(values, numbers):
