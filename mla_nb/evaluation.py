@@ -379,7 +379,8 @@ def gap_to_single(
     d = bootstrap([of(p.fused)], [alone])
     accuracy = (alone.fused.argmax(1) == alone.y).double().mean().item()
     apart = {k: d[k] for k in ("mean", "low", "high")}
-    return {"modality": m, "accuracy": accuracy, **apart}
+    part = {} if here.all() else {"n": int(here.sum())}  # some samples lack it
+    return {"modality": m, "accuracy": accuracy, **apart, **part}
 
 
 def appraise(
@@ -461,6 +462,7 @@ def _against_single(r) -> str:
     m, alone = d["modality"], 100 * d["accuracy"]
     fused = 100 * (d["accuracy"] + d["mean"])
     on = r.get("part", "test")
+    on = f"the {d['n']} samples of {on} that have {m}" if "n" in d else on
     numbers = f"{fused:.1f}% against {alone:.1f}% on {on} ({_points(d)})"
     if d["high"] < 0:
         return f"The fusion loses to {m} alone: {numbers}."

@@ -358,6 +358,16 @@ def _extractor(m, about) -> str:
     return f"{named}{weights}" + (f" as for {folder}" if folder else "")
 
 # %% ../nbs/48_predict.ipynb #62ab4bc4
+def _one_row(mod, v) -> bool:
+    "Is a list the values of one vector of several columns, and not several samples?"
+    columns = mod.info.get("columns") or mod.info.get("numbers", ())
+    width = len(columns) if mod.form == "row" else 0
+    if not isinstance(v, list) or width < 2 or len(v) != width:
+        return False
+    flat = all(np.ndim(c) == 0 and str(c)[:1] != "[" for c in v)
+    return flat and any(c is not None for c in v)
+
+
 def as_samples(
     sources: dict,  # modality -> one source, or a list of them
     mods,  # the run's modalities
@@ -371,8 +381,11 @@ def as_samples(
         raise InputError(
             f"nothing to predict from; give at least one of {', '.join(mods)}."
         )
-    given = {m: as_items(m, v) if _is_column(v) else v for m, v in given.items()}
-    lists = [m for m, v in given.items() if isinstance(v, list)]
+    kinds = mods if isinstance(mods, dict) else {}
+    one = {m for m, v in given.items() if m in kinds and _one_row(kinds[m], v)}
+    many = [m for m, v in given.items() if _is_column(v) and m not in one]
+    given = {m: as_items(m, v) if m in many else v for m, v in given.items()}
+    lists = [m for m in many if isinstance(given[m], list)]
     if not lists:
         return [given], False
     sizes = {m: len(given[m]) if m in lists else "one" for m in given}
@@ -717,15 +730,27 @@ class Classifier:
         except InputError as e:
             raise type(e)(f"{key}: {e}" if many else str(e)) from e
 
-    def predict(self, **sources):
+    def predict(self, *unnamed, **sources):
         "The likeliest class of one sample, a list for several; arguments as `explain`"
+        self._check_named(unnamed)
         a = self.explain(**{"keep": False, **sources})
         return a.names if a.many else a.names[0]
 
-    def predict_proba(self, **sources) -> torch.Tensor:
+    def predict_proba(self, *unnamed, **sources) -> torch.Tensor:
         "(C,) probabilities of one sample, (B,C) of several; takes what `explain` takes"
+        self._check_named(unnamed)
         a = self.explain(**{"keep": False, **sources})
         return a.probs if a.many else a.probs[0]
+
+    def _check_named(self, unnamed):
+        "A table without a name, as scikit-learn takes it, is refused"
+        if unnamed:
+            named = ", ".join(f"{m}=…" for m in self.modalities)
+            raise InputError(
+                f"a {type(unnamed[0]).__name__} without a name; say which modality is "
+                f"which, predict({named}), or for a table predict(**as_columns(X, "
+                "classifier.modalities)), with as_columns of mla_nb.predict."
+            )
 
     def score(
         self,

@@ -103,6 +103,9 @@ def _source(path, m, mod, cells):
         return given[0]
     if mod.kind == "vector":
         return given[0] if given[0][:1] == "[" else [v or None for v in given]
+    files = mod.kind == "text" and mod.info.get("files") and m not in cells
+    if files:
+        return path.parent / given[0]
     words = mod.kind == "text" or given[0][:1] == "["
     return given[0] if words else str(found_path(path.parent, given[0]))
 

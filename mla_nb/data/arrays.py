@@ -118,7 +118,23 @@ def as_items(
             f"{name}: {type(column).__name__} is no column; give a list, an array, or "
             "a column of pandas or Hugging Face, with one item per sample."
         )
-    return [None if _is_missing(v) else v for v in column]
+    return [None if _is_missing(v) else _unpacked(v) for v in _unmasked(column)]
+
+
+def _unmasked(column):
+    "Masked numbers of NumPy become NaN"
+    if not isinstance(column, np.ma.MaskedArray) or column.dtype.kind not in "fiub":
+        return column
+    return column.astype(float).filled(np.nan) if column.mask.any() else column.data
+
+
+def _unpacked(v):
+    "An array of Python numbers (type object) as an array of floats"
+    v = _unmasked(v)
+    if not isinstance(v, np.ndarray) or v.dtype != object or not v.size:
+        return v
+    numbers = all(isinstance(c, (int, float, np.number)) for c in v.flat)
+    return v.astype(float) if numbers else v
 
 
 def _is_missing(v) -> bool:
@@ -224,7 +240,13 @@ def as_forms(
 
 def _names(x) -> list:
     "The names of columns"
-    return list(getattr(x, "column_names", getattr(x, "columns", x)))
+    names = list(getattr(x, "column_names", getattr(x, "columns", x)))
+    if twice := [c for c in names if names.count(c) > 1]:
+        raise InputError(
+            f"the column {twice[0]!r} is there more than once; every column needs a "
+            "name of its own."
+        )
+    return names
 
 
 def _declared(m, said, names) -> Modality:

@@ -469,6 +469,17 @@ def read_text(
             continue
     raise InputError(f"{name}: is marked as UTF-16, but is not; save it as UTF-8.")
 
+
+def _plain_text(source) -> str:
+    "The text of a file; one with zero bytes is refused"
+    text = read_text(source)
+    if "\0" in text:
+        raise InputError(
+            f"{source}: holds zero bytes, as Word documents and UTF-16 without a mark "
+            "do; save it as plain text (UTF-8)."
+        )
+    return text
+
 # %% ../../nbs/24_files.ipynb #f6f5f2b6
 FEATURES = ("spectrogram", "fbank", "log_mel")
 RATE = 16000
@@ -605,7 +616,7 @@ def read_media(
             notes.append("image: has one color")
         out["image"] = encode_image(picture, "JPEG")
     if row.get("text_file"):
-        text = " ".join(read_text(row["text_file"]).split())
+        text = " ".join(_plain_text(row["text_file"]).split())
     else:
         text = row.get("text") or ""
     if text.strip():

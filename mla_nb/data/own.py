@@ -315,8 +315,10 @@ def own_columns(
     "Which column is what: as declared, or by the usual names, or with 'infer' by looks"
     names = dict.fromkeys(c for _, row in lines for c in row)
     cells = {c: [row.get(c) for _, row in lines] for c in names}
-    said = "" if columns == "infer" else columns
-    roles, plan = _declared(said, cells, path)  # 1. what --columns says
+    parts = [p.strip() for p in columns.split(",")]
+    said = ",".join(p for p in parts if p != "infer")
+    infer = "infer" in parts and "infer" not in cells
+    roles, plan = _declared(said if infer else columns, cells, path)  # 1. --columns
     roles = {r: r for r in ROLES if r in cells and r not in roles} | roles
     free = [c for c in _left(cells, plan, roles) if c[:1] != "("]
     plan = plan or _usual(free)  # 2. the usual names
@@ -324,15 +326,15 @@ def own_columns(
     if "label" not in roles:
         raise InputError(
             f"{path}: there is no column 'label' ({', '.join(cells)} are there); name "
-            "it so, or say --columns label=COLUMN."
+            f"it so, or say --columns {'infer,' * infer}label=COLUMN."
         )
     rest = _left(cells, plan, roles)
     looks = _looks(rest, cells, Path(path).parent)
-    if columns == "infer":  # 3. by their looks
+    if infer:  # 3. by their looks
         for c, k in looks.items():
             plan[_modality(c, plan)] = {"kind": k, "columns": [c]}
         rest = [c for c in rest if c not in looks]
-    _say_unused(rest, looks, plan, columns, path)
+    _say_unused(rest, looks, plan, infer, path)
     return roles, _typed(plan, cells, lines)
 
 
@@ -348,7 +350,7 @@ def _looks(rest, cells, folder) -> dict:
     return {c: kind_of(cells[c], folder) for c in full}
 
 
-def _say_unused(rest, looks, plan, columns, path):
+def _say_unused(rest, looks, plan, infer, path):
     "Name what is not used, and how to use it; a table without a modality is refused"
     listed = ",".join(f"{c}:{k}" for c, k in looks.items())
     if not plan:
@@ -358,7 +360,7 @@ def _say_unused(rest, looks, plan, columns, path):
         )
     if rest:
         more = f"; to use them, declare --columns {listed!r}" if looks else ""
-        print(f"not used: {', '.join(rest)}" + more * (columns != "infer"))
+        print(f"not used: {', '.join(rest)}" + more * (not infer))
 
 
 def _usual(free):
@@ -644,6 +646,26 @@ def own_splits(
     return out
 
 # %% ../../nbs/39_own.ipynb #19814769
+def _cause(paths) -> str:
+    "Why files are not found, as far as their names tell"
+    if any("\\" in p for p in paths):
+        return "they hold \\, as Windows writes paths; write / instead"
+    if any("file:" in p or "://" in p for p in paths):
+        return "addresses are not read; give paths"
+    if any(os.path.exists(_other_form(p)) for p in paths):
+        return (
+            "files of the same look are there, whose accents are written in another "
+            "Unicode form; take the names from the folder"
+        )
+    return "paths are relative to the table's folder"
+
+
+def _other_form(path) -> str:
+    "A path with accents in the other Unicode form: macOS and Linux differ"
+    composed = unicodedata.normalize("NFC", path)
+    return composed if composed != path else unicodedata.normalize("NFD", path)
+
+
 def _there(rows, absent, plan):
     "The rows whose files are there; others stop everything, or are left out"
     files = [m for m, p in plan.items() if p["kind"] in PATHS or p.get("files")]
@@ -665,8 +687,8 @@ def _there(rows, absent, plan):
     )
     if absent != "skip" or len(lost) == len(rows):
         raise InputError(
-            f"{said}; paths are relative to the table's folder; correct them, empty "
-            "the cells, or leave these samples out with --absent skip."
+            f"{said}; {_cause([*lost.values()])}; correct them, empty the cells, or "
+            "leave these samples out with --absent skip."
         )
     print(f"left out: {said}")
     return [r for r in rows if r["id"] not in lost]
@@ -738,7 +760,11 @@ def facts_of(
     values = source.tolist() if hasattr(source, "tolist") else source
     values = values if isinstance(values, list) else [values]
     if len(values) != len(numbers):
-        raise InputError(f"{values}: {len(values)} values, but {len(numbers)} columns.")
+        kinds = ", ".join("a number" if n else "a word" for n in numbers)
+        raise InputError(
+            f"{values}: {len(values)} given, but this vector has {len(numbers)} "
+            f"values; give them as a list: [{kinds}], with quotes around words."
+        )
     out = []
     for v, number in zip(values, numbers):
         v = None if v is None or v != v else v
@@ -780,6 +806,11 @@ def read_own(
     return out | ({"notes": notes} if notes else {})
 
 # %% ../../nbs/39_own.ipynb #95fe33f1
+def _has_usual(columns) -> bool:
+    "Does the first column have a usual name of texts?"
+    return columns[0] in ("text", "text_file")
+
+
 def own_modalities(
     rows: list,  # from `own_rows`
     plan: dict,  # from `own_rows`; series learn here how many channels they have
@@ -798,8 +829,8 @@ def own_modalities(
             out[m] = Modality("vector", "row", info)
         elif have:
             mod = media_modalities([p["kind"]], o)[p["kind"]]
-            about = {} if p["columns"][0] in ("text", "text_file") else about
-            about |= {"of": p["of"]} if "of" in p else {}
+            about = {} if m == "text" and _has_usual(p["columns"]) else about
+            about |= {k: p[k] for k in ("of", "files") if k in p}
             out[m] = Modality(mod.kind, mod.form, {**mod.info, **about})
     return out
 
