@@ -534,10 +534,8 @@ def found_path(
     cell: str,  # a path as the table says it
 ) -> Path:
     "The file that a cell names; Windows' backslashes count as slashes elsewhere"
-    path = Path(folder) / cell
-    if "\\" in cell and not path.exists():
-        return Path(folder) / cell.replace("\\", "/")
-    return path
+    path, other = Path(folder) / cell, Path(folder) / cell.replace("\\", "/")
+    return other if other.exists() and not path.exists() else path
 
 
 def _values(cells, plan, folder, where):
