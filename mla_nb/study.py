@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import InputError, unknown
+from .core import unknown
 from .intervals import as_share, holm, interval, t_interval
 from .runs.config import Run, parse_args, with_options
 
