@@ -3,6 +3,7 @@ the readers: files as recorders, browsers and scanners write them, tables and ar
 people have them."""
 
 import os
+from fractions import Fraction
 
 import av
 import datasets as hub
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from mla_nb import fit
+from mla_nb.data.decode import load_wave
 from mla_nb.data.own import own, prepare_own
 from mla_nb.tools import InputError
 
@@ -197,3 +199,39 @@ def test_arrays_of_objects_and_nested_lists():
 def test_columns_that_are_refused(columns, says):
     with pytest.raises(InputError, match=says):
         fit(columns, Y, **QUICK)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_sound_that_begins_after_the_picture_stays_beside_its_pictures(
+    tmp_path, suffix
+):
+    "A second of picture, then a tone: first silence, and spans on the clip's clock"
+    path = tmp_path / f"late.{suffix}"
+    with av.open(str(path), "w") as c:
+        show, track = c.add_stream("mpeg4", rate=10), c.add_stream("aac", rate=16000)
+        show.width, show.height, show.pix_fmt = 48, 32, "yuv420p"
+        for k in range(30):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 5 * k, "u1"))
+            frame.pts, frame.time_base = k, Fraction(1, 10)
+            c.mux(show.encode(frame))
+        for k in range(0, 32000, 1000):
+            wave = (0.5 * np.sin(np.arange(k, k + 1000) * 0.2)).astype("f4")[None]
+            sound = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+            sound.sample_rate, sound.pts = 16000, k + 16000
+            sound.time_base = Fraction(1, 16000)
+            c.mux(track.encode(sound))
+        c.mux(show.encode())
+        c.mux(track.encode())
+
+    def first_tone(span=None):
+        wave, rate = load_wave(path, None, span)
+        loud = (wave.abs() > 0.05).nonzero()
+        return round(len(wave) / rate, 1), loud[0].item() / rate if len(loud) else None
+
+    length, begins = first_tone()
+    assert abs(length - 3) < 0.1 and abs(begins - 1) < 0.03
+    length, begins = first_tone((0.5, 1.5))
+    assert length == 1 and abs(begins - 0.5) < 0.03
+    length, begins = first_tone((1.5, 2.5))
+    assert length == 1 and begins < 0.03
+    assert first_tone((0.0, 0.5)) == (0.5, None)  # silence, and no error
