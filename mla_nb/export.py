@@ -293,7 +293,13 @@ def with_encoders(p: Classifier) -> Classifier:
 def _whole_or_head(write, p, path) -> Path:
     "Write the net with its frozen encoders; if that fails, the net on features"
     try:
-        return write(with_encoders(p), path)
+        out = write(with_encoders(p), path)
+        if any(
+            a.get("windows", 1) > 1
+            for a in (p.frozen.about if p.frozen else {}).values()
+        ):
+            print("note: of a long text, this graph reads the first window only.")
+        return out
     except InputError as e:
         if not p.frozen:
             raise

@@ -15,9 +15,10 @@ from test_hub import SMALL, tokenizer
 from mla_nb import cli
 from mla_nb.compare import results, run_settings, table_notes
 from mla_nb.core import InputError
+from mla_nb.data.own import prepare_own
 from mla_nb.data.prepared import load_prepared
 from mla_nb.export import run_onnx, with_encoders
-from mla_nb.features import FrozenEncoders, extract, frozen_of
+from mla_nb.features import FrozenEncoders, extract, frozen_of, text_windows
 from mla_nb.predict import RawItem, fit, load
 from mla_nb.runs.run import Run, run
 
@@ -298,3 +299,44 @@ def test_the_graph_reads_what_the_encoders_read(here, capsys):
     told = json.loads(Path("head.pt2.json").read_text())
     assert set(told["inputs"]) == {"image", "text", "present"}
     assert "models/eye" in told["features"]["image"]
+
+
+def test_a_long_text_is_read_in_windows_in_extraction_and_prediction(here, capsys):
+    "The mean over windows of as many tokens as the encoder reads; short ones as before"
+    rows = ["id,text,label"]
+    words = [3 + k % 2 if k % 30 else 19 for k in range(90)]
+    rows += [f"{k},{'ab ' * n}cd,{'xy'[k % 2]}" for k, n in enumerate(words)]
+    Path("table.csv").write_text("\n".join(rows) + "\n")
+    prepare_own("table.csv", "notes", workers=1, progress=False)
+    how = {"encoder": "text=hf:models/bert", "progress": False}
+    extract("data/own-notes", out="data/own-once", **how)
+    extract("data/own-notes", out="data/own-wide", windows=3, **how)
+    raw, once, wide = (
+        load_prepared(f"data/own-{k}") for k in ("notes", "once", "wide")
+    )
+    frozen = frozen_of("data/own-wide")
+    e, seen = frozen.encoder("text"), 0
+    for part in raw.parts:
+        texts = raw.parts[part].column("text")
+        for i, text in enumerate(texts):
+            found = text_windows(e.preprocessor, text, 3)
+            z = frozen.encode("text", [text])[0]
+            with torch.no_grad():
+                x = e.preprocessor(found)
+                by_hand = e(e.preprocessor.normalize(x)).mean(0)
+            kept, plain = (
+                torch.as_tensor(s.parts[part][i]["x"]["text"]).float()
+                for s in (wide, once)
+            )
+            assert torch.allclose(by_hand, z, atol=1e-5)
+            assert torch.allclose(kept, z, atol=0.01)  # stored in 16 bits
+            assert (len(found) > 1) == (len(text.split()) > 9)
+            assert len(found) > 1 or kept.equal(plain)
+            seen += len(found) > 1
+    assert seen == 3
+    cfg = Run(dataset="own", dataset_args="variant=wide", encoder="features", epochs=1)
+    run(cfg.replace(name="wide", progress=False, threads=1, method="concat"))
+    load("runs/wide").export("wide.onnx")
+    assert "reads the first window only" in capsys.readouterr().out
+    with pytest.raises(InputError, match="windows=0"):
+        extract("data/own-notes", out="x", windows=0, **how)
