@@ -198,7 +198,8 @@ class Extractor:
 
     def kept(self, part, rows: list) -> dict:
         "modality -> items that no encoder reads, ready to be stored again"
-        mods = {m: v for m, v in part.modalities.items() if m not in self.preprocessors}
+        known = self.preprocessors
+        mods = {m: v for m, v in self.s.modalities.items() if m not in known}
         cells = part.ds.select_columns(list(mods))[rows] if mods else {}
         return {
             m: cells[m] if mod.form in PICTURES else [unpack(c, mod) for c in cells[m]]
