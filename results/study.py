@@ -69,7 +69,7 @@ def swept(key, cfg, told) -> dict:
         row["valid"] = round(r["valid"]["accuracy"]["fused"], 5)
         row["seconds"] = round(r["seconds"], 1)
     except Diverged as e:
-        row["note"] = str(e)[:200]
+        row["note"] = str(e).split(";")[0]
     forget(cfg)
     return {"sweep.csv": [row]}
 

@@ -157,6 +157,7 @@ def test_the_rows_in_the_repository_are_of_one_version():
     study = Study(ROOT / "results/study")
     kinds = (study.sweep, study.runs, study.answers)
     assert len({r["version"] for part in kinds for r in part}) <= 1
+    assert not any("/" in r["note"] for r in study.sweep), "a path of one machine"
 
 
 def test_the_plan_names_what_exists():
