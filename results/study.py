@@ -137,31 +137,33 @@ def attempt(job) -> tuple:
 class Rows:
     "Files of rows that grow; for a new column, a file is written again"
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, study):
+        self.study = study
 
     def add(self, name: str, rows: list):
         "Append rows; once this returns, they are on disk"
-        path, old = self.folder / name, []
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as f:
-                reader = csv.DictReader(f)
-                columns = reader.fieldnames
-                if any(k not in columns for r in rows for k in r):
-                    old = list(reader)
-        else:
-            columns = []
+        path, old = self.study.folder / name, []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        columns = next(csv.reader([text.partition("\n")[0]]), []) if text else []
         wanted = list(dict.fromkeys([*columns, *(k for r in rows for k in r)]))
-        text = io.StringIO()
-        out = csv.DictWriter(text, wanted, lineterminator="\n")
-        if wanted == columns:
-            out.writerows(rows)
+        if wanted == columns and text.endswith("\n"):
             with path.open("a", newline="", encoding="utf-8") as f:
-                f.write(text.getvalue())
+                f.write(as_text(rows, wanted))
             return
-        out.writeheader()
-        out.writerows([*old, *rows])
-        write_atomic(path, text.getvalue())
+        old = self.study.rows(name)  # without a row that a kill has torn
+        self.write(name, [*old, *rows], wanted)
+
+    def write(self, name: str, rows: list, columns: list):
+        "A whole file, or the old one if this is ended"
+        head = ",".join(columns) + "\n"
+        write_atomic(self.study.folder / name, head + as_text(rows, columns))
+
+
+def as_text(rows, columns) -> str:
+    "Rows as lines of a CSV file, without a header"
+    text = io.StringIO()
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def work(jobs, workers, label, rows) -> int:
@@ -242,9 +244,7 @@ def drop_old(study):
         kept = [r for r in old if r["version"] == VERSION]
         if len(kept) < len(old):
             print(f"{name}: {len(old) - len(kept)} rows of older code are dropped")
-            (study.folder / name).unlink()
-            if kept:
-                Rows(study.folder).add(name, kept)
+            Rows(study).write(name, kept, list(old[0]))
 
 
 def arms_of(study, a, data) -> list:
@@ -257,7 +257,7 @@ def arms_of(study, a, data) -> list:
 
 def one_dataset(study, a, data) -> int:
     "Tune and test all arms of a dataset; returns how many runs failed"
-    arms, rows = arms_of(study, a, data), Rows(study.folder)
+    arms, rows = arms_of(study, a, data), Rows(study)
     failed = work(to_tune(study, a, data, arms), a.jobs, f"{data}: tuning", rows)
     for _ in range(study.plan["protocol"]["widen"]):
         study.read()

@@ -124,7 +124,7 @@ def test_a_row_that_is_missing_is_made_again_and_old_rows_are_dropped(plan, tmp_
         text = (plan / name).read_text()
         (tmp_path / name).write_text(text)
     lines = (plan / "runs.csv").read_text().splitlines(keepends=True)
-    (tmp_path / "runs.csv").write_text("".join(lines[:-1]))
+    (tmp_path / "runs.csv").write_text("".join(lines[:-1]) + lines[-1][:30])  # torn
     made = call(tmp_path)
     assert made.returncode == 0
     key = ("data", "arm", "seed", "own", "mean")
