@@ -8,7 +8,7 @@ __all__ = ['mla', 'mla_fixed', 'BatchGate', 'ZeroGradients', 'mla_released', 'ml
 # %% ../../nbs/11_mla.ipynb #409f0b2e
 import torch
 
-from ..core import InputError, Splits, call, methods, unknown, validate_option
+from ..core import Splits, call, methods, unknown, validate_option
 from ..heads import SharedHead
 from .base import GradTransform, Method, predictions, scores
 from .ensemble import alternating
@@ -32,11 +32,6 @@ def mla(
     "Turns, a shared head, a projected gradient, the entropy rule (arXiv 2311.10707)"
     if on not in ("gradient", "update"):
         raise unknown("on", on, ["gradient", "update"])
-    if on == "update" and (rescale or when != "project_first"):
-        raise InputError(
-            "on=update projects the step after it was taken, so it knows neither "
-            "rescale nor when=update_first; leave them out, or on=update."
-        )
     made = GradProjection if on == "gradient" else UpdateProjection
     grad_transforms = (
         [made(denominator, norm, when, rescale, rank=rank)] if projection else []

@@ -326,6 +326,15 @@ def check_projection(
 class UpdateProjection(GradProjection):
     "Project the step of the shared head's weight, momentum included (not the gradient)"
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if self.rescale or self.skip or self.when != "project_first":
+            raise InputError(
+                "the update is projected after it was taken, so rescale, skip and "
+                "when=update_first do not apply to it; leave them out, or project the "
+                "gradient."
+            )
+
     def after_backward(self, learn, turn):
         "Remember the weight before the step"
         W = turn.net.head.out.weight
