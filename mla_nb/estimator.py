@@ -15,6 +15,7 @@ import torch
 
 from .core import Splits
 from .data.arrays import as_forms, samples_from_arrays, taken_for
+from .data.own import check_labels
 from .predict import as_columns, fit, load
 from .tools import InputError, validate_option
 
@@ -91,6 +92,8 @@ class Conventions:
             )
         columns, y = self._checked(X, y)
         samples, classes, modalities = samples_from_arrays(columns, y, self.forms_)
+        if isinstance(classes[0], str):
+            check_labels(classes, len(samples))
         if self.verbose:
             print(taken_for(samples, modalities))
         seed = np.random.randint(2**31) if self.random_state is None else None

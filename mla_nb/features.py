@@ -92,8 +92,8 @@ def features(
     if mod.form != "vector":
         raise InputError(
             "encoder=features reads extracted features, and these items are of the "
-            f"form {mod.form!r}; extract them first "
-            "(data_scripts/extract_features.py)."
+            f"form {mod.form!r}; extract them first (mla features), or name an encoder "
+            f"for each modality, such as {mod.kind}=small,other=features."
         )
     fitted = Vectors.from_config(preprocessor) if preprocessor else Vectors().fit(items)
     return MLP(

@@ -31,13 +31,14 @@ from mla_nb.core import (
 from mla_nb.data.arrays import (
     as_forms,
     as_items,
+    as_labels,
     joined,
     splits_from_arrays,
     taken_for,
 )
 from .data.decode import decode_image, load_wave
 from .data.media import has_sound
-from .data.own import as_number, series_of
+from .data.own import as_number, check_labels, series_of
 from .data.prepared import FROZEN
 from .evaluation import random_features
 from .features import frozen_of
@@ -929,7 +930,10 @@ def _as_splits(x, y, forms, shares, seed) -> Splits:
     if y is None:
         raise InputError("fit: columns need labels; give fit(x, y), or Splits.")
     columns, forms = as_columns(x, forms), as_forms(x, forms)
-    return splits_from_arrays(columns, y, forms, shares, seed)
+    labels, classes = as_labels(y)
+    if isinstance(classes[0], str):
+        check_labels(classes, len(labels))
+    return splits_from_arrays(columns, labels, forms, shares, seed)
 
 
 def as_columns(

@@ -17,6 +17,7 @@ from PIL import Image
 from mla_nb import fit
 from mla_nb.data.decode import load_wave
 from mla_nb.data.own import own, prepare_own
+from mla_nb.estimator import MultimodalClassifier
 from mla_nb.tools import InputError
 
 QUICK = {"epochs": 1, "verbose": False}
@@ -235,3 +236,18 @@ def test_a_sound_that_begins_after_the_picture_stays_beside_its_pictures(
     length, begins = first_tone((1.5, 2.5))
     assert length == 1 and begins < 0.03
     assert first_tone((0.0, 0.5)) == (0.5, None)  # silence, and no error
+
+
+@pytest.mark.parametrize(
+    "labels, says",
+    [
+        (["Yes", "yes", "no", "no"], "differ only in capitals"),
+        (["1", "1.0", "2", "2"], "differ only in capitals, spaces, Unicode form or n"),
+        (["red;wool", "red", "wool", "red"], "red;wool"),
+    ],
+)
+def test_labels_in_memory_are_checked_as_those_of_a_table(labels, says):
+    with pytest.raises(InputError, match=says):
+        fit({"text": TEXTS}, labels * 8, **QUICK)
+    with pytest.raises(InputError, match=says):
+        MultimodalClassifier(epochs=1).fit(pd.DataFrame({"text": TEXTS}), labels * 8)

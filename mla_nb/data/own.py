@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ROLES', 'PATHS', 'COLUMNS', 'KINDS', 'WITH_SOUND', 'RESERVED', 'PARTS', 'BINARY', 'ENDINGS', 'MANY', 'own_example',
            'read_cells', 'as_number', 'as_numbers', 'kind_of', 'own_columns', 'own_rows', 'read_table', 'found_path',
-           'own_classes', 'own_splits', 'series_of', 'facts_of', 'read_own', 'own_modalities', 'prepare_own',
-           'own_main', 'own_item', 'own', 'kinetics_rows', 'kinetics_splits', 'prepare_kinetics', 'kinetics_main',
-           'kinetics']
+           'check_labels', 'own_classes', 'own_splits', 'series_of', 'facts_of', 'read_own', 'own_modalities',
+           'prepare_own', 'own_main', 'own_item', 'own', 'kinetics_rows', 'kinetics_splits', 'prepare_kinetics',
+           'kinetics_main', 'kinetics']
 
 # %% ../../nbs/39_own.ipynb #429a10f7
 import csv
@@ -571,8 +571,11 @@ def _alike(name):
     return " ".join(plain.casefold().split()) if number is None else str(number)
 
 
-def _check_labels(names, n):
-    "Refuse what is no set of classes: numbers that measure, several labels in one"
+def check_labels(
+    names: list,  # the different labels, as text
+    n: int,  # samples
+):
+    "Refuse what is no set of classes: measurements, several in one, the same twice"
     seen = {}
     for name in names:
         other = seen.setdefault(_alike(name), name)
@@ -601,7 +604,7 @@ def own_classes(
 ) -> list:  # class names, sorted; numbers by size
     "The labels there are; what is no set of classes is refused"
     names = sorted({r["y"] for r in rows})
-    _check_labels(names, len(rows))
+    check_labels(names, len(rows))
     odd = [v for v in names if "\ufffd" in v]
     if odd:
         raise InputError(f"the label {odd[0]!r} is not valid text; write it again.")
