@@ -282,7 +282,7 @@ def _mean_findings(rows) -> list:
         v = [(r.get("contributions") or {}).get(m, {}).get("mean") for r in rows]
         if (mean := _mean(v)) is not None and mean <= 0:
             value = f"Shapley value on validation {100 * mean:+.1f} points, {n}"
-            out.append(f"{m} contributes nothing ({value}).")
+            out.append(f"No contribution of {m} can be shown ({value}).")
     return out
 
 # %% ../nbs/47_compare.ipynb #4397d04e

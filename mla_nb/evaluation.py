@@ -475,6 +475,6 @@ def _contribution(m, v, weight) -> str:
         return ""
     said = f"Shapley value on validation {_points(v)}"
     has = "" if weight is None else f"; its mean fusion weight is {weight:.2f}"
-    if v["mean"] <= 0:
+    if v["high"] <= 0:
         return f"{m} contributes nothing ({said}){has}."
     return f"No contribution of {m} can be shown ({said}){has}."

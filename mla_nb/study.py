@@ -57,13 +57,15 @@ def code_version(
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list):
-                node.body = [v for v in body if not _is_text(v)]
+                node.body = [v for v in body if not _changes_nothing(v)]
         sha.update(f"{file.relative_to(folder)}\n{ast.dump(tree)}".encode())
     return sha.hexdigest()[:12]
 
 
-def _is_text(node) -> bool:
-    "Is a statement nothing but a string?"
+def _changes_nothing(node) -> bool:
+    "Is a statement text, or the default method, which no run of the study uses?"
+    if isinstance(node, ast.Assign):
+        return getattr(node.targets[0], "id", "") == "DEFAULT_METHOD"
     value = getattr(node, "value", None)
     return isinstance(node, ast.Expr) and isinstance(getattr(value, "value", 0), str)
 

@@ -22,7 +22,8 @@ import io
 import shutil
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -79,23 +80,38 @@ def held(b):
     return b.x
 
 
+def share_right(p) -> float:
+    "The share of samples that predictions answer correctly"
+    return float((p.fused.argmax(1) == p.y).float().mean())
+
+
+def on_validation(make, valid) -> float:
+    "Accuracy under a rule; one that learns learns from one half and answers the other"
+    rule = make()
+    if not hasattr(rule, "fit"):
+        return share_right(answered_by(rule, valid))
+    taught, asked = (valid.select_rows(valid.idx % 2 == k) for k in (0, 1))
+    return share_right(answered_by(rule.fit(taught), asked))
+
+
 def under_rules(learn) -> tuple:
-    "(test predictions, rule -> fused logits); rules learn from validation"
+    "(test predictions, rule -> fused test logits, rule -> accuracy on validation)"
     sides = [learn.encode_split(getattr(learn.dls, k)) for k in ("valid", "test")]
     valid, test = (predict(learn.net, learn.method, b, held) for b in sides)
-    fused = {"own": test.fused}
+    fused, chosen = {"own": test.fused}, {}
     for name, make in RULES.items() if len(test.mods) > 1 else ():
         rule = make()
         rule = rule.fit(valid) if hasattr(rule, "fit") else rule
         fused[name] = answered_by(rule, test).fused
-    return test, fused
+        chosen[f"valid {name}"] = on_validation(make, valid)
+    return test, fused, chosen
 
 
 def tested(key, cfg, told, shared=False) -> dict:
     "The rows of a tested run: accuracies, also under other rules, and single answers"
     r = run(cfg)
     learn, _ = reopen(cfg.folder, cfg.data, "cpu")
-    test, fused = under_rules(learn)
+    test, fused, chosen = under_rules(learn)
     order = test.idx.argsort()
     every = {m: v for m, v in test.uni.items() if test.present.all()}
     told_by = fused | (every if len(every) > 1 else {})
@@ -106,6 +122,7 @@ def tested(key, cfg, told, shared=False) -> dict:
         "train": scores(learn.predictions(learn.dls.train))["accuracy"]["fused"],
         **{k: float(right[k].mean()) for k in fused},
         **single,
+        **chosen,
         **{k: r["metrics"]["fused"][k] for k in ("f1", "balanced")},
     }
     if key["arm"] in PROBED:
@@ -123,11 +140,17 @@ def tested(key, cfg, told, shared=False) -> dict:
     return rows
 
 
+def start_worker():
+    "One thread; synthetic data are made once per seed, for all arms and rates"
+    torch.set_num_threads(1)
+    discover()
+    spec = datasets["synthetic"]
+    datasets["synthetic"] = replace(spec, make=lru_cache(16)(spec.make))
+
+
 def attempt(job) -> tuple:
     "(key, rows or None, what went wrong) of one job, in a worker"
     kind, key, cfg, told = job
-    torch.set_num_threads(1)
-    discover()
     try:
         return key, kind(key, cfg, told), ""
     except Exception as e:  # told by the caller, and tried again by the next call
@@ -171,7 +194,8 @@ def work(jobs, workers, label, rows) -> int:
     failed = 0
     if not jobs:
         return failed
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    how = {"mp_context": get_context("spawn"), "initializer": start_worker}
+    with ProcessPoolExecutor(workers, **how) as pool:
         futures = [pool.submit(attempt, job) for job in jobs]
         try:
             for f in tqdm(as_completed(futures), label, len(futures), unit="run"):
