@@ -8,7 +8,7 @@ __all__ = ['COLORS', 'OTHERS', 'FREE', 'modality_color', 'label_lines']
 # %% ../nbs/reference/02_plots.ipynb #c3plot00
 # Colors and labels of all figures.
 
-# %% ../nbs/57_tools.ipynb #7ef9f7f8
+# %% ../nbs/58_tools.ipynb #7ef9f7f8
 COLORS = {
     "audio": "#E69F00",
     "visual": "#0072B2",
@@ -32,7 +32,7 @@ def modality_color(name: str) -> str:
         return COLORS[name]
     return FREE.setdefault(name, OTHERS[min(len(FREE), len(OTHERS) - 1)])
 
-# %% ../nbs/57_tools.ipynb #5817619e
+# %% ../nbs/58_tools.ipynb #5817619e
 def label_lines(
     axis,  # with its limits set; lines whose label starts with "_" are left out
     gap: float = 11,  # least distance between two labels, points

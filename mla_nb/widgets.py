@@ -8,7 +8,7 @@ __all__ = ['png', 'slider', 'play']
 # %% ../nbs/reference/02_widgets.ipynb #c3widg00
 # Figures with controls.
 
-# %% ../nbs/57_tools.ipynb #9032f7ef
+# %% ../nbs/58_tools.ipynb #9032f7ef
 import contextlib
 import html
 import io
@@ -43,7 +43,7 @@ def _undisturbed():
         for f in hooks:
             events.register("post_execute", f)
 
-# %% ../nbs/57_tools.ipynb #0c1a8789
+# %% ../nbs/58_tools.ipynb #0c1a8789
 def png(
     draw,  # draws one figure
     **values,  # for `draw`
@@ -63,7 +63,7 @@ def png(
             for k in set(plt.get_fignums()) - before:
                 plt.close(k)
 
-# %% ../nbs/57_tools.ipynb #f01d191b
+# %% ../nbs/58_tools.ipynb #f01d191b
 def slider(
     label: str,  # what it moves
     value,  # a float, or an int for whole numbers
@@ -87,7 +87,7 @@ def slider(
         layout={"width": f"{em + 13}em"},
     )
 
-# %% ../nbs/57_tools.ipynb #a6fd8a1c
+# %% ../nbs/58_tools.ipynb #a6fd8a1c
 def play(
     draw,  # draws one figure, called with the values of the controls
     **controls,  # name -> widget

@@ -94,6 +94,7 @@ def test_rows_say_what_a_run_says(plan):
     assert abs(float(row["own"]) - test["fused"]) < 1e-4
     assert abs(float(row["audio"]) - test["audio"]) < 1e-4
     assert float(row["mean"]) <= 1 and float(row["f1"]) <= 1
+    assert abs(float(row["valid entropy"]) - r["valid"]["accuracy"]["fused"]) < 1e-4
     assert len(json.dumps(row)) < 2000
 
 

@@ -32,8 +32,8 @@ PARTS = [
     ("II. Rivals and yardsticks", range(12, 23)),
     ("III. Real encoders, real data", range(23, 40)),
     ("IV. Experiments that survive", range(40, 55)),
-    ("V. Findings", range(55, 57)),
-    ("Reference", range(57, 58)),
+    ("V. Findings", range(55, 58)),
+    ("Reference", range(58, 59)),
 ]
 
 
