@@ -231,8 +231,11 @@ def family(
     if name not in study.families:
         raise unknown("family", name, study.families)
     f = study.families[name]
+    joint = f.get("joint", [])  # these answer with a joint head: nothing to fuse
+    column = {arm: "own" if arm in joint else f["rule"] for arm in f["arms"]}
+    minus = f["reference"], f["rule"]
     found = {
-        (arm, data): estimate(study, data, arm, f["rule"], (f["reference"], f["rule"]))
+        (arm, data): estimate(study, data, arm, column[arm], minus)
         for arm in f["arms"]
         for data in f["data"]
     }

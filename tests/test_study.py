@@ -9,7 +9,15 @@ import pytest
 from conftest import ROOT
 
 from mla_nb.core import InputError
-from mla_nb.study import Study, bits_of, code_version, estimate, family, hex_of
+from mla_nb.study import (
+    Study,
+    bits_of,
+    code_version,
+    estimate,
+    family,
+    hex_of,
+    leaderboard,
+)
 
 PLAN = """
 [protocol]
@@ -174,3 +182,42 @@ def test_the_plan_names_what_exists():
         assert f["reference"] not in f["arms"] and set(f["data"]) <= set(study.data)
     rates = study.plan["protocol"]["rates"]
     assert len(rates) >= 5 and max(rates) / min(rates) >= 99
+
+
+def written(folder, rows):
+    "A study of rows that are made up, on one dataset with fresh samples per seed"
+    (folder / "study.toml").write_text(
+        PLAN.replace('arms = ["mla momentum=0"]', 'arms = ["mla"]\njoint = ["mla"]')
+    )
+    with (folder / "runs.csv").open("w", newline="") as f:
+        out = csv.DictWriter(f, list(rows[0]))
+        out.writeheader()
+        out.writerows(rows)
+    return Study(folder)
+
+
+def made_up(arm, seed, own, mean):
+    key = {"data": "small", "fold": "", "arm": arm, "seed": seed, "n_test": 1000}
+    return key | {"own": own, "mean": mean, "seconds": 2 if arm == "mla" else 1}
+
+
+def test_a_joint_arm_answers_with_its_own_head(tmp_path):
+    values = [0.80, 0.81, 0.79]
+    rows = [made_up("mla", k, v, 0.1) for k, v in enumerate(values)]
+    rows += [made_up("concat", k, 0.2, v - 0.1) for k, v in enumerate(values)]
+    found = family(written(tmp_path, rows), "first")["mla", "small"]
+    assert abs(found["mean"] - 0.1) < 1e-9
+
+
+def test_a_leaderboard_marks_what_is_level_with_the_best(tmp_path):
+    rows = []
+    for k, noise in enumerate((-0.02, 0.01, 0.0, 0.02, -0.01)):
+        rows.append(made_up("mla", k, 0.9 + noise, 0.9))
+        rows.append(made_up("concat", k, 0.9 - noise, 0.9))  # level: ± 4 points
+        rows.append(made_up("sum", k, 0.8 + noise, 0.9))  # 10 points less, always
+    study = written(tmp_path, rows)
+    board = leaderboard(study, ["mla", "concat", "sum", "film"], ["small"])
+    cells = [line.split("|")[2:4] for line in board.splitlines()[2:]]
+    assert ["*" in c[0] for c in cells] == [True, True, False, False]
+    assert [c[1].strip() for c in cells] == ["2.0", "1.0", "1.0", "–"]
+    assert cells[3][0].strip() == "–"
