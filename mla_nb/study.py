@@ -362,7 +362,9 @@ def plot_family(
         ax.axvline(0, color="#777777", lw=0.8)
         ax.set(yticks=range(len(arms)), ylim=(len(arms) - 0.5, -0.5))
         ax.set_yticklabels(arms)
-        ax.set_title(textwrap.fill(study.about(d)["title"], 22), fontsize=9)
+        ax.set_title(
+            textwrap.fill(study.about(d)["title"], 80 // len(data)), fontsize=9
+        )
     fig.supxlabel(f"points more than {f['reference']}", fontsize=9)
     fig.tight_layout()
     return axs[0]
