@@ -12,6 +12,10 @@ goes on, also on another machine, because the rows are what it looks at.
 --data, --runs        folders of prepared datasets, and of unfinished runs
 --status              say how much is there, and do nothing
 --fresh               first drop the rows that other versions of the code made
+--verify 20           make so many tested rows again, and compare every number
+
+Code that is changed after the runs may still make the same numbers (a fix of what no
+run uses). --verify says so, and [protocol] versions in study.toml lists such versions.
 
 results/sources.py prepares the datasets; one that is not prepared is left out.
 """
@@ -19,6 +23,7 @@ results/sources.py prepares the datasets; one that is not prepared is left out.
 import argparse
 import csv
 import io
+import random
 import shutil
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -189,13 +194,18 @@ def as_text(rows, columns) -> str:
     return text.getvalue()
 
 
+def new_pool(workers):
+    "Processes that are ready to train"
+    how = {"mp_context": get_context("spawn"), "initializer": start_worker}
+    return ProcessPoolExecutor(workers, **how)
+
+
 def work(jobs, workers, label, rows) -> int:
     "Do the jobs, store their rows as they come; returns how many failed"
     failed = 0
     if not jobs:
         return failed
-    how = {"mp_context": get_context("spawn"), "initializer": start_worker}
-    with ProcessPoolExecutor(workers, **how) as pool:
+    with new_pool(workers) as pool:
         futures = [pool.submit(attempt, job) for job in jobs]
         try:
             for f in tqdm(as_completed(futures), label, len(futures), unit="run"):
@@ -261,11 +271,17 @@ def is_prepared(study, a, data) -> bool:
     return True
 
 
+def same_code(study) -> set:
+    "Versions of the code that make the numbers of the present one"
+    listed = study.plan["protocol"].get("versions", [])
+    return {VERSION, *listed} if VERSION in listed else {VERSION}
+
+
 def drop_old(study):
-    "Keep only rows that the present code made"
+    "Keep only rows that the present code makes"
     for name in ("sweep.csv", "runs.csv", "answers.csv"):
         old = study.rows(name)
-        kept = [r for r in old if r["version"] == VERSION]
+        kept = [r for r in old if r["version"] in same_code(study)]
         if len(kept) < len(old):
             print(f"{name}: {len(old) - len(kept)} rows of older code are dropped")
             Rows(study).write(name, kept, list(old[0]))
@@ -289,6 +305,32 @@ def one_dataset(study, a, data) -> int:
         failed += work(jobs, a.jobs, f"{data}: further rates", rows)
     study.read()
     return failed + work(to_test(study, a, data, arms), a.jobs, f"{data}: tests", rows)
+
+
+def verify(study, a):
+    "Make some tested rows again; every number but the seconds must be the same"
+    ready = [r for r in study.runs if is_prepared(study, a, r["data"])]
+    rows = random.Random(a.verify).sample(ready, min(a.verify, len(ready)))
+    jobs = []
+    for r in rows:
+        where = r["data"], r["arm"], r["fold"], float(r["lr"]), int(r["seed"])
+        jobs.append(make_job(study, a, tested, *where))
+    with new_pool(a.jobs) as pool:
+        again = list(tqdm(pool.map(attempt, jobs), "again", len(jobs), unit="run"))
+    other = 0
+    for row, (key, made, why) in zip(rows, again):
+        new = made["runs.csv"][0] if made else {}
+        told = [k for k in row if row[k] and k not in ("seconds", "version", "machine")]
+        bad = why or [k for k in told if str(new.get(k, "")) != row[k]]
+        other += bool(bad)
+        if bad:
+            print(f"{key['data']} {key['fold']} {key['arm']} seed {key['seed']}: {bad}")
+    made_by = ", ".join(sorted({r["version"] for r in rows}))
+    print(
+        f"{len(rows) - other} of {len(rows)} rows of {made_by} are those of {VERSION}"
+    )
+    if other:
+        raise InputError(f"{other} rows came out differently.")
 
 
 def status(study, a) -> str:
@@ -319,11 +361,15 @@ def main():
     )
     p.add_argument("--status", action="store_true", help="say what is there")
     p.add_argument("--fresh", action="store_true", help="drop rows of older code")
+    p.add_argument("--verify", type=int, default=0, help="make rows again, compare")
     a = p.parse_args()
     discover()
     study = Study(a.plan)
     if a.status:
         print(status(study, a))
+        return
+    if a.verify:
+        verify(study, a)
         return
     if a.fresh:
         drop_old(study)

@@ -5,16 +5,19 @@ import pytest
 import torch
 from torch import nn
 
+from mla_nb.compare import reopen
 from mla_nb.core import Batch, InputError
 from mla_nb.data.digits import digits_options, split_rows
 from mla_nb.data.synthetic import HEARD, bounds, draw_states, synthetic, turn_knobs
 from mla_nb.encoders.base import ModuleEncoder
 from mla_nb.evaluation import TemperatureScaled
 from mla_nb.heads import make_net
-from mla_nb.methods.base import Pred, Turn, answered_by, fuse
+from mla_nb.methods.base import Pred, Turn, answered_by, fuse, scores
 from mla_nb.methods.fusion import FixedWeights, make_rule
 from mla_nb.methods.mla import mla
 from mla_nb.methods.objectives import own_losses, summed
+from mla_nb.runs.config import Run
+from mla_nb.runs.run import run
 from mla_nb.train.checkpoints import epoch_rank
 from mla_nb.train.learner import Learner, Loaders, Recorder, Shuffle
 
@@ -213,3 +216,19 @@ def test_one_speaker_tests_and_another_one_validates():
     for wrong in ({"split": "one_out"}, {"split": "speaker", "speaker": "c"}):
         with pytest.raises(InputError, match="one speaker"):
             digits_options(**wrong)
+
+
+def test_a_finished_run_with_published_weights_answers(tmp_path):
+    cfg = Run(
+        dataset_args="n_train=48,n_valid=24,n_test=24",
+        method="mla_released",
+        method_args="fusion=fixed",
+        epochs=1,
+        root=str(tmp_path),
+        progress=False,
+    )
+    r = run(cfg)
+    assert r["weights"] == "published"
+    learn, _ = reopen(cfg.folder, device="cpu")
+    again = scores(learn.predictions(learn.dls.test))["accuracy"]
+    assert again == r["test"]["accuracy"]

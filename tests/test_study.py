@@ -148,6 +148,34 @@ def test_a_row_that_is_missing_is_made_again_and_old_rows_are_dropped(plan, tmp_
     assert {r["version"] for r in rows(tmp_path / "sweep.csv")} == {code_version()}
 
 
+def test_rows_are_verified_by_making_them_again(plan, tmp_path):
+    for name in ("study.toml", "sweep.csv", "runs.csv", "answers.csv"):
+        (tmp_path / name).write_text((plan / name).read_text())
+    same = call(tmp_path, "--verify", "3")
+    assert same.returncode == 0 and "3 of 3 rows" in same.stdout
+    found = rows(tmp_path / "runs.csv")
+    for r in found:
+        r["own"] = float(r["own"]) / 2 + 0.001
+    with (tmp_path / "runs.csv").open("w", newline="") as f:
+        out = csv.DictWriter(f, list(found[0]))
+        out.writeheader()
+        out.writerows(found)
+    other = call(tmp_path, "--verify", "2")
+    assert other.returncode == 1 and "2 rows came out differently" in other.stderr
+    assert "['own']" in other.stdout
+
+
+def test_versions_that_make_the_same_numbers_are_kept(plan, tmp_path):
+    for name in ("sweep.csv", "runs.csv", "answers.csv"):
+        text = (plan / name).read_text().replace(code_version(), "0" * 12)
+        (tmp_path / name).write_text(text)
+    listed = f'versions = ["{"0" * 12}", "{code_version()}"]'
+    text = PLAN.replace("widen = 1", f"widen = 1\n{listed}")
+    (tmp_path / "study.toml").write_text(text)
+    assert "dropped" not in call(tmp_path, "--fresh", "--only", "small").stdout
+    assert len(rows(tmp_path / "runs.csv")) == 12
+
+
 def test_a_wrong_name_is_one_sentence(plan):
     said = call(plan, "--only", "smal")
     assert said.returncode == 1 and "did you mean 'small'" in said.stderr
@@ -165,7 +193,9 @@ def test_answers_survive_as_text():
 def test_the_rows_in_the_repository_are_of_one_version():
     study = Study(ROOT / "results/study")
     kinds = (study.sweep, study.runs, study.answers)
-    assert len({r["version"] for part in kinds for r in part}) <= 1
+    same = study.plan["protocol"]["versions"]  # verified: the same numbers
+    assert {r["version"] for part in kinds for r in part} <= set(same)
+    assert code_version() == same[-1], "verify the rows, and list the new version"
     assert not any("/" in r["note"] for r in study.sweep), "a path of one machine"
 
 

@@ -808,7 +808,7 @@ def _encoders_again(folder, about, stored) -> dict:
 def _method_again(about, result, encs) -> Method:
     "The method with the weights or temperatures that were chosen on validation"
     method = make_method(Run(**about["run"]))
-    if result["weights"]:
+    if isinstance(result["weights"], list):  # chosen; 'published' are known by name
         return replace(method, rule=FixedWeights(tuple(result["weights"])))
     if isinstance(method.rule, TemperatureScaled):
         chosen = tuple(result["temperatures"].get(m, 1.0) for m in encs)
