@@ -251,7 +251,7 @@ def shown(c, later):
     if ECHO.search(c.source):
         c.metadata["tags"] = ["remove-input"]
     elif prompt := fold(c, later):
-        c.metadata["tags"] = ["hide-input"]
+        c.metadata["tags"] = ["hide-input", *["check"] * (prompt == "Check")]
         about["code_prompt_show"] = about["code_prompt_hide"] = prompt
     image = {}
     if alt := ALT.search(c.source):
