@@ -574,8 +574,10 @@ def prepare(src):
         + "\n\n"
         + tree("API", [f"{m.removeprefix('mla_nb.')}" for m in modules])
     )
-    write(page(ROOT / "nbs/index.ipynb"), src / "readme.ipynb")
-    more = ["README <readme>", "api/index"]
+    readme = page(ROOT / "nbs/index.ipynb")
+    readme.cells[0].source = re.sub("^# .+", "# README", readme.cells[0].source)
+    write(readme, src / "readme.ipynb")
+    more = ["readme", "api/index"]
     for f in ("teaching", "CONTRIBUTING", "CHANGELOG"):
         if (ROOT / f"{f}.md").exists():
             (src / f"{f.lower()}.md").write_text(
