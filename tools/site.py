@@ -163,19 +163,23 @@ def is_check(s):
 def fold(cell, later=""):
     """What stands beside a folded cell's arrow, or None for a cell that stays open.
 
-    Three kinds fold: imports; cells that end in a check, show nothing, and bind no name
-    that the code behind them (`later`) needs; and what nbdev exports without showing.
+    Three kinds fold: imports, with calls that set something up; cells that end in a
+    check, show nothing, and bind no name that the code behind them (`later`) needs; and
+    what nbdev exports without showing.
     """
     body = tree_of(cell.source)
     rest = [s for s in body if not isinstance(s, (ast.Import, ast.ImportFrom))]
     found = EXPORT.search(cell.source)
-    if body and not rest:
+    setup = all(isinstance(s, ast.Expr) and not is_check(s) for s in rest)
+    if len(rest) < len(body) and setup and not cell.outputs:
         return "Imports"
     if found and found[1] != "exports":
         names = [n for n in defined(cell.source) if n[0] != "_"]
         return "Code: " + (", ".join(names[:4]) or "internals")
     if found or not rest or cell.outputs or not is_check(rest[-1]):
         return None
+    if any(isinstance(s, (ast.FunctionDef, ast.ClassDef)) for s in rest):
+        return None  # a definition is there to be read
     used = any(re.search(rf"\b{n}\b", later) for n in defined(cell.source))
     return None if used else "Check"
 
@@ -348,6 +352,8 @@ def api(module, where):
 
     `where` is what `built` found.
     """
+    if str(ROOT) not in sys.path[:1]:
+        sys.path.insert(0, str(ROOT))  # this package, not one installed elsewhere
     m = import_module(module)
     lines = [f"# {module}", "", (inspect.getdoc(m) or "").strip(), ""]
     homes = [*dict.fromkeys(v[0] for (k, _), v in where.items() if k == module)]

@@ -9,9 +9,9 @@ if (box && here) {
   const middle = here.getBoundingClientRect().top - box.getBoundingClientRect().top;
   box.scrollTo({ top: middle - box.clientHeight / 2, behavior: "instant" });
 }
-document.querySelectorAll("td code").forEach((e) =>
-  e.classList.toggle("long", e.textContent.length > 24) // may break anywhere
-);
+// in tables, long code may break anywhere, and "89.8 ± 0.8 [5]" nowhere
+document.querySelectorAll("td code").forEach((e) => e.classList.toggle("long", e.textContent.length > 24));
+document.querySelectorAll("article td").forEach((e) => e.classList.toggle("short", e.parentElement.children.length < 7 && /^[^a-z]*±[^a-z]*$/.test(e.textContent)));
 document.querySelectorAll("img[class*='panels-']").forEach((whole) => {
   const edges = whole.className.match(/panels-([\d-]+)/)[1].split("-").map(Number);
   edges.slice(1).forEach((edge, k) => {
