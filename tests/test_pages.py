@@ -113,3 +113,4 @@ def test_panels_stack_on_a_phone(site, pages, browser):
 
 def test_part_one_is_printed(site):
     assert (site / "part-1.pdf").read_bytes().startswith(b"%PDF")
+    assert 'href="part-1.pdf"' in (site / "part-1.html").read_text()

@@ -217,6 +217,7 @@ def page(path):
     "A chapter as a notebook that any renderer shows well"
     nb, out = nbformat.read(path, 4), []
     code = [c.source if c.cell_type == "code" else "" for c in nb.cells]
+    seen = set()
     for k, c in enumerate(nb.cells):
         if c.cell_type == "markdown":
             c.source = linked(c.source, path)
@@ -224,8 +225,10 @@ def page(path):
             continue
         else:
             names = defined(c.source) if EXPORT.search(c.source) else []
-            if names:
-                spots = "".join(f'<span id="build-{n}"></span>' for n in names)
+            new = [n for n in names if n not in seen]
+            seen.update(new)
+            if new:
+                spots = "".join(f'<span id="build-{n}"></span>' for n in new)
                 out.append(new_markdown_cell(spots))
             shown(c, "\n".join(code[k + 1 :]))
         out.append(c)
@@ -727,6 +730,12 @@ def pdf(out):
             margin=dict.fromkeys(("top", "bottom", "left", "right"), "18mm"),
         )
         browser.close()
+    whole = out / "part-1.html"
+    text = whole.read_text(encoding="utf-8")
+    if "part-1.pdf" not in text:
+        link = 'Back to the book</a> · <a href="part-1.pdf">PDF</a>'
+        text = text.replace("Back to the book</a>", link, 1)
+        whole.write_text(text, encoding="utf-8")
     print(f"{out / 'part-1.pdf'}: {(out / 'part-1.pdf').stat().st_size / 2**20:.1f} MB")
 
 
