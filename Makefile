@@ -62,7 +62,7 @@ TRAIN := $(if $(LR),-p lr $(LR)) $(if $(BATCH),-p batch_size $(BATCH))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
-.PHONY: help setup paper check-paper prepare-paper lint format demo features prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test soak solutions browser site lab chapter export clean readme check-python lock benchmark results
+.PHONY: help setup paper check-paper prepare-paper lint format demo features prepare-synthetic prepare-digits $(MEDIA:%=prepare-%) params gpu test soak solutions browser site pdf lab chapter export clean readme check-python lock benchmark results
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
@@ -156,8 +156,8 @@ soak: $(READY) ## kills, damaged bytes, full disks, odd input, for minutes: the 
 solutions: $(READY) ## run the exercises' solutions after their chapters (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/nbs.py solutions
 
-browser: $(READY) ## chapters in a real JupyterLab, driven by Chromium (CHROMIUM=/usr/bin/chromium, MLA_SHOTS=FOLDER keeps screenshots)
-	$(BIN)/python -m pytest -q -m browser tests/test_browser.py
+browser: $(READY) ## chapters in a real JupyterLab and pages of the site, driven by Chromium (CHROMIUM=/usr/bin/chromium, MLA_SHOTS=FOLDER keeps screenshots)
+	$(BIN)/python -m pytest -q -m browser tests/test_browser.py tests/test_pages.py
 
 lab: $(READY) ## JupyterLab on the chapters
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --MappingKernelManager.transport_encryption=auto --notebook-dir=. nbs/index.ipynb
@@ -187,6 +187,8 @@ gpu: $(READY) ## every dataset's preset at full size, and steps in fp32, bf16, c
 site: $(READY) ## the chapters and the API as a web site in _site/html/
 	$(BIN)/python tools/site.py build
 	$(BIN)/python tools/site.py check
+pdf: site ## Part I as _site/html/part-1.pdf, printed by Chromium
+	$(BIN)/python tools/site.py pdf
 params: $(READY) ## parameter files for papermill, one per dataset and preset
 	$(BIN)/python tools/params.py
 results: $(READY) ## the runs behind part V, hours; goes on where it was stopped: make results [ARCHIVE= MVSA= EMODB= STAMPS= IMAGE= TEXT=] [ONLY=lazy,digits] [ALL=1]

@@ -1,9 +1,11 @@
-"""Sphinx: a static site without outside scripts.
+"""Sphinx: a static site that loads nothing from elsewhere.
 
-Formulas become MathML, which browsers draw by themselves.
+KaTeX draws the formulas in the browser; its script and fonts are in static/katex. The
+page itself holds each formula as MathML, for readers without scripts and for search.
 """
 
 import re
+from html import escape
 
 from docutils import nodes
 from docutils.utils.math import MathError
@@ -15,19 +17,25 @@ extensions = ["myst_nb", "sphinx_copybutton"]
 html_theme = "furo"
 html_title = "mla_nb"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
-html_show_sourcelink = html_show_sphinx = False
+html_css_files = ["katex/katex.min.css", "site.css"]
+html_js_files = [
+    ("katex/katex.min.js", {"defer": "defer"}),
+    ("site.js", {"defer": "defer"}),
+]
+html_show_sourcelink = html_copy_source = False
+html_show_sphinx = html_show_copyright = False
 html_theme_options = {"navigation_with_keys": True}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_render_markdown_format = "myst"
+nb_code_prompt_hide = "Hide this code"
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
-html_math_renderer = "mathml"
+html_math_renderer = "katex"
 
 
 # what docutils does not know, in words that it does
@@ -35,16 +43,19 @@ SAME = {"dots": r"\ldots", "iff": r"\Leftrightarrow", "big": ""}
 
 
 def drawn(block):
-    "A formula as MathML; one that cannot be read is a warning"
+    "A formula as MathML that carries its TeX; one that cannot be read is a warning"
+    tag = "div" if block else "span"
 
     def visit(self, node):
-        tex = re.sub(
-            r"\\(dots|iff|[Bb]ig)(?![a-zA-Z])",
-            lambda m: SAME[m[1].lower()],
-            node.astext(),
+        tex = node.astext()
+        known = re.sub(
+            r"\\(dots|iff|[Bb]ig)(?![a-zA-Z])", lambda m: SAME[m[1].lower()], tex
         )
         try:
-            self.body.append(tex2mathml(tex, as_block=block))
+            math = tex2mathml(known, as_block=block)
+            self.body.append(
+                f'<{tag} class="formula" data-tex="{escape(tex)}">{math}</{tag}>'
+            )
         except MathError as e:
             getLogger(__name__).warning("formula %r: %s", tex, e, location=node)
         raise nodes.SkipNode
@@ -53,4 +64,4 @@ def drawn(block):
 
 
 def setup(app):
-    app.add_html_math_renderer("mathml", (drawn(False), None), (drawn(True), None))
+    app.add_html_math_renderer("katex", (drawn(False), None), (drawn(True), None))

@@ -3,13 +3,18 @@
 No warning, no link that leads nowhere.
 """
 
+import base64
 import importlib.util
+import io
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from nbformat.v4 import new_code_cell, new_output
+from PIL import Image
 
 pytest.importorskip("sphinx")
 SCRIPT = ROOT / "tools/site.py"
@@ -31,6 +36,11 @@ def tool():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def chapter(tool, name):
+    "The chapter of this name, whatever its number"
+    return next(p for p in tool.chapters().values() if p.stem[3:] == name)
 
 
 def test_every_chapter_and_module_has_a_page_and_links_resolve(site, tool):
@@ -55,11 +65,149 @@ def test_the_parts_are_those_of_the_readme(tool):
         re.M,
     )
     told = {f"{n}. {name}": (int(a), int(z or a)) for n, name, a, z in rows}
-    ours = {name: (min(r), max(r)) for name, r in tool.PARTS if name != "Reference"}
+    ours = {
+        name: (int(found[0]), int(found[-1]))
+        for name, _, found in tool.parts()
+        if name != "Reference"
+    }
     assert ours == told and len(told) == 5
-    named = [n for _, r in tool.PARTS for n in r]
-    assert named == sorted(int(n) for n in tool.chapters())
+    named = [n for *_, found in tool.parts() for n in found]
+    assert named == sorted(tool.chapters())
     assert all(p.parent.name == "nbs" for p in tool.chapters().values())
+
+
+def test_parts_follow_chapters_that_move(tool, monkeypatch):
+    "PARTS names no number: a new chapter belongs to the part that it stands in"
+    found = tool.chapters()
+    last = max(found)
+    moved = {n: p for n, p in found.items() if n != last} | {
+        last: tool.ROOT / f"nbs/{last}_more.ipynb",
+        f"{int(last) + 1}": tool.ROOT / f"nbs/{int(last) + 1}_{found[last].stem[3:]}",
+    }
+    before = tool.parts()
+    monkeypatch.setattr(tool, "chapters", lambda: moved)
+    after = tool.parts()
+    assert after[-2][2] == [*before[-2][2], last]
+    assert after[-1][2] == [f"{int(last) + 1}"]
+    monkeypatch.setattr(tool, "chapters", lambda: {"00": tool.ROOT / "nbs/00_x.ipynb"})
+    with pytest.raises(SystemExit, match="PARTS must name"):
+        tool.parts()
+
+
+def test_the_first_page_leads_to_every_chapter(tool):
+    text = tool.landing(tool.chapters())
+    assert "Start with chapter 00" in text and "$" not in text
+    assert text.count('class="card"') == len(tool.PARTS)
+    assert 'class="cover"' in text and 'alt="Cover"' not in text
+    for p in tool.chapters().values():
+        assert f'href="{p.stem}.html"' in text
+
+
+@pytest.mark.parametrize(
+    "source, later, prompt",
+    [
+        ("import a\nfrom b import c", "", "Imports"),
+        ("import a\na.use('style')", "", "Imports"),
+        ("import a\nx = 2", "", None),
+        ("test_eq(f(2), 4)\nassert g", "", "Check"),
+        ("with expect_fail(ValueError):\n    f(0)", "", "Check"),
+        ("for k in (1, 2):\n    test_eq(f(k), k)", "", "Check"),
+        ("x = f(2)\ntest_eq(x, 4)", "", "Check"),
+        ("x = f(2)\ntest_eq(x, 4)", "plot(x)", None),
+        ("def naive(x): return x\n\n\ntest_eq(naive(2), 2)", "", None),
+        ("f(2)", "", None),
+        ("#| export\ndef f(): pass\n\n\nclass G: pass", "", "Code: f, G"),
+        ("#| export\n_x = 2", "", "Code: internals"),
+        ("#| exports\ndef f(): pass", "", None),
+        ("%pip install x", "", None),
+    ],
+)
+def test_what_folds(tool, source, later, prompt):
+    assert tool.fold(new_code_cell(source), later) == prompt
+
+
+def test_a_check_that_shows_something_stays_open(tool):
+    cell = new_code_cell("test_eq(f(2), 4)", outputs=[new_output("stream", text="x")])
+    assert tool.fold(cell) is None
+
+
+def figure(gap, width=400, scale=1):
+    "A PNG of two dark panels with a white gap between them"
+    a = np.full((60, width), 255, np.uint8)
+    half = (width - gap) // 2
+    a[:, :half] = a[:, width - half :] = 0
+    out = io.BytesIO()
+    Image.fromarray(a.repeat(scale, 0).repeat(scale, 1)).save(out, "png")
+    return out.getvalue()
+
+
+def test_figures_are_cut_between_panels(tool):
+    assert tool.panels(figure(20), 400) == [0, 200, 400]
+    assert tool.panels(figure(20, scale=2), 400) == [0, 200, 400]
+    assert tool.panels(figure(2), 400) == [0, 400]  # no gap
+    assert tool.panels(figure(20, width=250), 250) == [0, 250]  # too narrow
+
+
+def test_a_figure_of_twice_the_resolution_keeps_its_width(tool):
+    png = base64.b64encode(figure(20, scale=2)).decode()
+    for about, width in (({"image/png": {"width": 400}}, 400), ({}, 800)):
+        out = new_output("display_data", {"image/png": png}, metadata=about)
+        [(_, found)] = tool.pictures(new_code_cell("plot()", outputs=[out]))
+        assert found == width
+
+
+def test_long_signatures_have_a_line_for_each_parameter(tool):
+    def short(a, b: int = 2) -> int:
+        pass
+
+    def long(
+        a_parameter_with_a_long_name: int,
+        *,
+        another_parameter: dict[str, int] | None = None,
+        a_third: str = "text",
+        **options,
+    ) -> dict[str, int]:
+        pass
+
+    assert tool.signature("short", short) == "short(a, b: int = 2) -> int"
+    text = tool.signature("long", long)
+    assert [w.strip() for w in text.splitlines()] == [
+        "long(",
+        "a_parameter_with_a_long_name: int,",
+        "*,",
+        "another_parameter: dict[str, int] | None = None,",
+        "a_third: str = 'text',",
+        "**options,",
+        ") -> dict[str, int]",
+    ]
+
+
+def test_names_are_found_in_the_chapter_that_builds_them(tool):
+    from importlib import import_module
+
+    where = tool.built()
+    path, section, anchor = where["mla_nb.methods.fusion", "entropy_rule"]
+    assert path == chapter(tool, "fusion") and anchor == "#build-entropy_rule"
+    assert re.match(r"\d+\.\d+ ", section)
+    for module in ("heads", "core", "train.learner"):
+        m = import_module(f"mla_nb.{module}")
+        ours = [n for n in m.__all__ if vars(m)[n].__class__.__name__ == "function"]
+        lost = [n for n in ours if (vars(m)[n].__module__, n) not in where]
+        assert ours and not lost, lost
+
+
+def test_nothing_is_loaded_from_elsewhere():
+    "Neither by our files nor by KaTeX, whose fonts are stored beside it"
+    for p in (ROOT / "docs").rglob("*.*"):
+        if p.suffix in (".css", ".js", ".svg", ".md"):
+            found = re.findall(
+                r"(?:url\(|src=|import\(|fetch\()[\"']?(?:https?:)?//", p.read_text()
+            )
+            assert not found, p
+    katex = ROOT / "docs/static/katex"
+    fonts = set(re.findall(r"url\(([^)]+)\)", (katex / "katex.min.css").read_text()))
+    assert fonts and all((katex / f).exists() for f in fonts)
+    assert (ROOT / "docs/static/site.css").stat().st_size < 8192  # kept small
 
 
 def test_a_broken_link_is_found(tmp_path, tool):
@@ -75,31 +223,36 @@ def test_a_broken_link_is_found(tmp_path, tool):
     ]
 
 
-def test_pages_show_what_a_reader_needs(site):
-    chapter = (site / "10_fusion.html").read_text()
-    assert (
-        "<math" in chapter
-        and "_images/" in chapter
-        and "#| " not in chapter
-        and "default_exp" not in chapter
-    )
-    assert (
-        "copybutton" in chapter and 'src="http' not in chapter
-    )  # nothing from elsewhere
+def test_pages_show_what_a_reader_needs(site, tool):
+    file = chapter(tool, "fusion").with_suffix(".html").name
+    text = (site / file).read_text()
+    assert "<math" in text and "data-tex=" in text and "_images/" in text
+    assert "#| " not in text and "default_exp" not in text
+    assert "copybutton" in text and "katex.min.js" in text
+    assert '<details class="admonition hide' in text and 'id="build-entropy' in text
+    assert f'href="notebooks/{chapter(tool, "fusion").name}"' in text
     page = (site / "api/methods.fusion.html").read_text()
     assert "entropy_rule" in page and "(M,B) bool" in page
+    assert f'href="../{file}#build-entropy_rule"' in page
+    whole = (site / "part-1.html").read_text()
+    assert whole.count('<section class="chapter"') == len(tool.parts()[0][2])
+    for p in site.rglob("*.html"):
+        assert not re.search(
+            r'<(script|img|link)[^>]*(src|href)="https?:', p.read_text()
+        )
 
 
 def test_badges_wait_for_a_repository(tool, monkeypatch):
-    path = tool.chapters()["10"]
+    path = chapter(tool, "fusion")
     assert tool.badges(path) == ""  # settings.ini names none yet
+    assert "Download this notebook" in tool.headed("# Title\n\ntext", path)
     monkeypatch.setattr(
         tool,
         "settings",
         lambda: {"git_url": "https://github.com/me/mla_nb", "branch": "main"},
     )
     assert (
-        "colab.research.google.com/github/me/mla_nb/blob/main/nbs/10_fusion.ipynb"
+        f"colab.research.google.com/github/me/mla_nb/blob/main/nbs/{path.name}"
         in tool.badges(path)
         and "mybinder.org/v2/gh/me/mla_nb/main" in tool.badges(path)
     )

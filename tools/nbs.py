@@ -32,6 +32,7 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 ENCRYPTED = Config(
     KernelManager={"transport_encryption": "auto"}
 )  # else others on the machine can listen, and ipykernel warns at every start
+SHARP = ["--InlineBackend.figure_formats={'retina'}"]  # stored at twice the resolution
 SHARED = [  # what most chapters load at some time; torch._dynamo at the first step
     "torch._dynamo",
     "torchvision",
@@ -78,6 +79,7 @@ def run(names):
             nb,
             config=ENCRYPTED,
             timeout=600,
+            extra_arguments=SHARP,
             store_widget_state=False,
             resources={"metadata": {"path": str(path.parent)}},
         )
