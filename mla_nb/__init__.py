@@ -4,7 +4,7 @@
 when it is used.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from importlib import import_module
 
