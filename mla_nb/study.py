@@ -10,6 +10,7 @@ __all__ = ['TRAINS', 'SUMMARIES', 'hex_of', 'bits_of', 'code_version', 'Study', 
 import ast
 import csv
 import hashlib
+import re
 import shlex
 import textwrap
 import tomllib
@@ -345,13 +346,14 @@ def accuracy_table(
 def plot_family(
     study: Study,
     name: str,  # of a family
-    data: list | None = None,  # which datasets; None: all of the family
+    data: list | None = None,  # which datasets; None: all of the family that have rows
 ):
     "One panel per dataset: differences from the reference with 95% intervals"
     import matplotlib.pyplot as plt
 
     f, found = study.families[name], family(study, name)
-    data, arms = data or f["data"], f["arms"]
+    arms, have = f["arms"], {d for (_, d), v in found.items() if v}
+    data = data or [d for d in f["data"] if d in have] or f["data"]
     height = 0.9 + 0.28 * len(arms)
     size = {"figsize": (8, height), "sharey": True, "squeeze": False}
     fig, axs = plt.subplots(1, len(data), **size)
@@ -365,7 +367,7 @@ def plot_family(
         ax.set_title(
             textwrap.fill(study.about(d)["title"], 80 // len(data)), fontsize=9
         )
-    fig.supxlabel(f"points more than {f['reference']}", fontsize=9)
+    axs[0][len(data) // 2].set_xlabel(f"points more than {f['reference']}")
     fig.tight_layout()
     return axs[0]
 
@@ -393,11 +395,11 @@ def plot_arms(
                 _dot(ax, v, k + (j + 1) * 0.8 / (len(arms) + 1) - 0.4, color)
         if single := best_single(study, d):
             alone = 100 * estimate(study, d, single)["mean"]
-            ax.plot([alone] * 2, [k - 0.35, k + 0.35], color="#777777", lw=2)
+            ax.plot([alone] * 2, [k - 0.35, k + 0.35], color="#222222", lw=2)
     ax.set(yticks=range(len(data)), ylim=(len(data) - 0.5, -0.5))
     ax.set_yticklabels([textwrap.fill(study.about(d)["title"], 24) for d in data])
     ax.set_xlabel("test accuracy, %")
-    names = [*arms.values(), ("best single modality", "#777777")]
+    names = [*arms.values(), ("best single modality", "#222222")]
     for k, (name, color) in enumerate(names):
         where = {"transform": ax.transAxes, "va": "bottom", "fontsize": 9}
         ax.text(k / len(names), 1.01, name, color=color, **where)
@@ -409,6 +411,7 @@ def leaderboard(
     study: Study,
     arms: list,
     data: list,
+    intervals: bool = True,  # beside each mean
 ) -> str:  # Markdown
     "Test accuracies; a star: level with the best arm of the dataset"
     lines = [f"| arm | {' | '.join(study.about(d)['title'] for d in data)} | time |"]
@@ -420,6 +423,7 @@ def leaderboard(
             points(found[d].get(arm), signed=False) + " *" * (arm in stars[d])
             for d in data
         ]
+        told = told if intervals else [re.sub(r" \(.*?\)", "", t) for t in told]
         lines.append(f"| `{arm}` | {' | '.join(told)} | {_cost(study, arm, data)} |")
     return "\n".join(lines)
 
