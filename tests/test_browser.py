@@ -149,12 +149,15 @@ def lab(tmp_path_factory):
         it.close()
 
 
-@pytest.fixture(scope="module")
-def browser():
+def chromium():
+    "A browser, for as long as a file of tests runs"
     with pw.sync_playwright() as play:
         it = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield it
         it.close()
+
+
+browser = pytest.fixture(scope="module")(chromium)
 
 
 @pytest.fixture

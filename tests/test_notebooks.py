@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,16 @@ def test_papermill_parameters_are_the_fields_of_run():
 def test_chapter_numbers_are_unique():
     numbers = [p.name.split("_")[0] for p in CHAPTERS if p.name[0].isdigit()]
     assert len(numbers) == len(set(numbers))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "nbs/reference").glob("*.ipynb")), ids=lambda p: p.stem
+)
+def test_a_reference_lists_what_its_module_exports(path):
+    "The stored list is that of the module as it is"
+    found = cells(path)
+    sources = "".join("".join(c["source"]) for c in found)
+    [name] = re.findall(r"default_exp ([\w.]+)", sources)
+    [out] = found[-1]["outputs"]
+    told = "".join(out["text"]).split()
+    assert told == import_module(f"mla_nb.{name}").__all__

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from test_browser import CHROMIUM, FLAGS, pw, shot
+from test_browser import CHROMIUM, chromium, shot
 
 pytest.importorskip("sphinx")
 pytestmark = [
@@ -46,12 +46,7 @@ def pages(site):
     return ["index", *(stems[n] for n in NAMES), "api/core", "part-1"]
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with pw.sync_playwright() as play:
-        it = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield it
-        it.close()
+browser = pytest.fixture(scope="module")(chromium)
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
