@@ -53,6 +53,7 @@ from .missing import draw_item
 from .runs.config import Run, split_list, with_args, with_options
 from mla_nb.runs.run import (
     RunFolder,
+    _finished,
     data_checksum,
     load_run,
     make_dataset,
@@ -864,7 +865,7 @@ def _work(runs, jobs, scheduler):
 def _done(cfg):
     "The result of a run that is finished, or why its folder is refused"
     try:
-        return RunFolder(cfg.folder).claim(cfg)
+        return _finished(RunFolder(cfg.folder), cfg)
     except InputError as e:
         return {"id": cfg.id, "error": str(e)}
 

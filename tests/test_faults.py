@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from torch import tensor
 
 from mla_nb.cli import main
+from mla_nb.compare import grid
 from mla_nb.core import InputError, Modality, discover, rules
 from mla_nb.data.media import read_split
 from mla_nb.data.own import own_classes, own_splits, read_table
@@ -615,6 +616,14 @@ def test_a_finished_run_in_a_folder_that_cannot_be_written_is_read(whole, tmp_pa
     assert not checkpoints(cfg.folder)
 
 
+def test_a_grid_too_removes_what_a_killed_run_left_beside_its_result(whole, tmp_path):
+    cfg = whole.replace(root=str(tmp_path))
+    shutil.copytree(whole.folder, cfg.folder)
+    (cfg.folder / "last.pt").write_bytes(b"the process died before it was removed")
+    assert grid([cfg], label="")[0]["test"] == run(whole)["test"]
+    assert not checkpoints(cfg.folder)
+
+
 def test_save_every_0_saves_at_the_end_of_epochs_only(whole, tmp_path):
     cfg, saved = whole.replace(root=str(tmp_path), save_every=0.0), []
     with patch.object(
@@ -1182,7 +1191,6 @@ def test_a_dataset_is_prepared_by_one_process_at_a_time(toy, tmp_path):
 
 
 def test_a_grid_reports_a_run_that_is_taken(whole, tmp_path):
-    from mla_nb.compare import grid
 
     cfg = whole.replace(root=str(tmp_path), name="")
     cfg.folder.mkdir(parents=True)
