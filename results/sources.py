@@ -37,16 +37,15 @@ def digits(a, study):
 
 
 def mvsa(a, study):
-    "The published split of the tweets whose labels agree, and a seeded one of all"
-    root = Path(a.mvsa)
+    "The published split, whole, with small pictures and with frozen ones; a seeded one"
+    root, spec = Path(a.mvsa), f"image={a.image},text={a.text}"
     lists = [str(root / f"{k}.jsonl") for k in ("train", "dev", "test")]
-    spec = f"image={a.image},text={a.text}"
-    for variant, how in (
-        ("agree", {"split": lists}),
-        ("resolve", {"labels": "resolve"}),
-    ):
-        folder = prepare_mvsa(root, data=a.data, variant=variant, **how)
-        extract(folder, spec)
+    agree = prepare_mvsa(root, data=a.data, variant="agree", split=lists)
+    extract(agree, spec)
+    pictures = Path(a.data) / "mvsa-agree-pictures"
+    extract(agree, f"image={a.image}", modalities="image", out=pictures)
+    prepare_mvsa(root, data=a.data, variant="agree-small", size=64, split=lists)
+    extract(prepare_mvsa(root, data=a.data, variant="resolve", labels="resolve"), spec)
 
 
 def emodb(a, study):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import runpy
 import subprocess
 import sys
 
@@ -182,6 +183,19 @@ def test_a_wrong_name_is_one_sentence(plan):
     assert "Traceback" not in said.stderr
     with pytest.raises(InputError, match="did you mean 'first'"):
         family(Study(plan), "fist")
+
+
+def test_confidence_is_asked_of_the_runs_that_the_study_made(plan):
+    "The accuracies of its rows; fusion keeps no more samples than there are"
+    study = Study(plan)
+    ask = runpy.run_path(str(ROOT / "results/confidence.py"))["answers"]
+    found = ask(study, "small", "mla momentum=0", "", 0, {"data": "data"})
+    row = study.of("small", "mla momentum=0")[0]
+    for r in found:
+        assert abs(r["accuracy"] - float(row[r["modality"]])) < 1e-4
+        assert 1 / 6 < r["confidence when wrong"] <= 1
+        assert max(r["mean"], r["probabilities"], r["entropy"]) <= r["alone"] <= 40
+    assert sum(r["alone"] for r in found) <= 40
 
 
 def test_answers_survive_as_text():
