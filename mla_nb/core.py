@@ -128,7 +128,7 @@ class Splits:
 
 # %% ../nbs/01_data.ipynb #243bb300
 def check_splits(
-    s: Splits,  # a dataset, as a factory returns it
+    s: Splits,  # a dataset
 ) -> Splits:  # the same
     "Refuse a dataset that cannot be trained or tested"
     for name, part in s.parts.items():
@@ -305,7 +305,7 @@ class DatasetSpec:
     make: Callable  # (data, seed, **options), or some of them -> Splits
     modalities: tuple = ()  # their names; empty: only its files tell
     classes: tuple = ()  # their names; empty: only its files tell
-    presets: dict = field(default_factory=dict)  # name -> fields of `Run` and values
+    presets: dict = field(default_factory=dict)  # name -> fields of `Run` (chapter 44)
     stored: dict = field(default_factory=dict)  # preset -> options of `prepare`
     prepare: Callable | None = None  # its preparation's command line: (argv, doc)
     folder: Callable | None = None  # (data, **options) -> where `prepare` puts it
@@ -342,7 +342,7 @@ datasets = DatasetRegistry("dataset")
 
 # %% ../nbs/01_data.ipynb #dfb1f8fc
 def check_dataset(
-    s: Splits,  # what a dataset factory returned
+    s: Splits,  # a dataset
 ):
     "Contract of a dataset: trainable splits, samples as promised, labels in range"
     check_splits(s)

@@ -148,7 +148,7 @@ class Net(nn.Module):
         )
 
     def no_statistics(self, m: str, k: int) -> bool:
-        "Has batch norm `k` rows too few? Synchronized, it sees those of others"
+        "Are `k` rows too few for batch norm? Synchronized, it sees all processes' rows"
         norms = self.encoders[m].modules() if k == 1 else ()
         return k == 1 and not any(isinstance(n, nn.SyncBatchNorm) for n in norms)
 

@@ -28,7 +28,7 @@ def augment_image(
     kinds = what.split(",")
     clip = x if x.dim() == 4 else x[None]
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # not a GPU's: nobody restores it
+        torch.default_generator.manual_seed(seed)  # not a GPU's: it is not restored
         parts = clip.split(1 if "each" in kinds else len(clip))
         varied = [_vary(p, kinds, size, bicubic).movedim(-3, -1) for p in parts]
     out = torch.cat(varied).movedim(-1, -3)  # colors stay last in memory

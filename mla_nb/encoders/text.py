@@ -62,7 +62,7 @@ class Tokens(Preprocessor):
         return self
 
     def encoded(self, items) -> list:
-        "What the tokenizer makes of texts; half a character becomes U+FFFD"
+        "What the tokenizer makes of texts; a lone surrogate becomes U+FFFD"
         return self.tok.encode_batch([valid_text(t) for t in items])
 
     def encode(self, item) -> dict:
