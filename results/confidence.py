@@ -5,9 +5,10 @@ python results/confidence.py [--plan DIR] [--data DIR] [--seeds 3]
 Makes runs of `ensemble` and `mla` on `lazy` and on digits of new speakers again, at the
 rates that the study chose, and asks each modality how accurate and how confident it is
 (the largest probability), in all and where it is wrong. `alone` counts the samples on
-which only this modality is right; `mean`, `probabilities` and `entropy` count how many
-of these are right after fusion. One row per dataset, arm, fold, seed and modality goes
-to confidence.csv in the plan's folder. A few minutes.
+which only this modality is right (for modality `none`: no modality is); `mean`,
+`probabilities` and `entropy` count how many of these are right after fusion. One row
+per dataset, arm, fold, seed and modality goes to confidence.csv in the plan's folder. A
+few minutes.
 """
 
 import argparse
@@ -30,7 +31,7 @@ RULES = "mean", "probabilities", "entropy"
 
 
 def answers(study, data, arm, fold, seed, where) -> list:
-    "Rows of one run, a modality each"
+    "Rows of one run: a modality each, and one of samples that none answers"
     rate = best_rate(study.tried(data, arm, fold))
     with tempfile.TemporaryDirectory() as root:
         more = {"threads": 1, "workers": 0, "progress": False, "root": root} | where
@@ -40,16 +41,20 @@ def answers(study, data, arm, fold, seed, where) -> list:
     said = torch.softmax(p.logits.double(), 2)
     right, sure = said.argmax(2) == p.y, said.amax(2)
     by = {r: answered_by(make_rule(r), p).fused.argmax(1) == p.y for r in RULES}
-    alone = right & (right.sum(0) == 1)
-    return [
-        {"data": data, "arm": arm, "fold": fold, "seed": seed, "modality": m}
-        | {"n": len(p.y), "accuracy": right[k].double().mean().item()}
-        | {"confidence": sure[k].mean().item()}
-        | {"confidence when wrong": sure[k][~right[k]].mean().item()}
-        | {"alone": int(alone[k].sum())}
-        | {r: int((by[r] & alone[k]).sum()) for r in RULES}
-        for k, m in enumerate(p.mods)
-    ]
+    none = ~right.any(0)
+    kept = {r: int((by[r] & none).sum()) for r in RULES}
+    key = {"data": data, "arm": arm, "fold": fold, "seed": seed, "n": len(p.y)}
+    rows = [key | {"modality": "none", "alone": int(none.sum())} | kept]
+    for k, m in enumerate(p.mods):
+        alone = right[k] & (right.sum(0) == 1)
+        asked = {
+            "accuracy": right[k].double().mean().item(),
+            "confidence": sure[k].mean().item(),
+            "confidence when wrong": sure[k][~right[k]].mean().item(),
+        }
+        kept = {r: int((by[r] & alone).sum()) for r in RULES}
+        rows.append(key | {"modality": m, **asked, "alone": int(alone.sum())} | kept)
+    return rows
 
 
 def main():
@@ -77,7 +82,7 @@ def main():
         for row in answers(study, *job, {"data": a.data})
     ]
     with (study.folder / "confidence.csv").open("w", newline="") as f:
-        out = csv.DictWriter(f, rows[0], lineterminator="\n")
+        out = csv.DictWriter(f, rows[1], lineterminator="\n")
         out.writeheader()
         out.writerows(
             {k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()}

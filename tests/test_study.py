@@ -191,7 +191,8 @@ def test_confidence_is_asked_of_the_runs_that_the_study_made(plan):
     ask = runpy.run_path(str(ROOT / "results/confidence.py"))["answers"]
     found = ask(study, "small", "mla momentum=0", "", 0, {"data": "data"})
     row = study.of("small", "mla momentum=0")[0]
-    for r in found:
+    assert found[0]["modality"] == "none"
+    for r in found[1:]:
         assert abs(r["accuracy"] - float(row[r["modality"]])) < 1e-4
         assert 1 / 6 < r["confidence when wrong"] <= 1
         assert max(r["mean"], r["probabilities"], r["entropy"]) <= r["alone"] <= 40
