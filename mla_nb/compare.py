@@ -433,14 +433,16 @@ def _sample_bars(ax, p, i, y, classes):
 
     opinions = {**{m: logits[i] for m, logits in p.uni.items()}, "fused": p.fused[i]}
     for k, (m, logits) in enumerate(opinions.items()):
+        if m in p.mods and not p.present[k, i]:
+            continue  # an absent modality says nothing
         prob = logits.softmax(0)
         guess = int(prob.argmax())
         if guess != y:
             ax.barh(k, prob[guess], color=modality_color(m), alpha=0.3)
-            ax.text(0.02, k, classes[guess], va="center", fontsize=7)
+            ax.text(0.02, k, classes[guess], va="center", fontsize=9)
         ax.barh(k, prob[y], height=0.45, color=modality_color(m))
     ax.set(xlim=(0, 1), yticks=range(len(opinions)), yticklabels=[])
-    ax.invert_yaxis()
+    ax.set_ylim(len(opinions) - 0.4, -0.6)
 
 # %% ../nbs/47_compare.ipynb #647866fc
 def plot_accuracies(
