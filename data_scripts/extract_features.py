@@ -1,9 +1,9 @@
 """Run encoders over a prepared dataset once, and keep their features as a dataset of
 the same format.
 
-    python data_scripts/extract_features.py --dataset food101 --encoder timm:resnet50
-    python data_scripts/extract_features.py --data data/mine --encoder 'audio=small'
-    python data_scripts/extract_features.py --dataset iemocap --run runs/RUN
+    mla features --dataset food101 --encoder timm:resnet50
+    mla features --data data/mine --encoder 'audio=small'
+    mla features --dataset iemocap --run runs/RUN
 
 The first makes data/food101-features, on which a run takes seconds:
 

@@ -96,7 +96,7 @@ def field_options(
         if name in skip:
             continue
         usual = (
-            f"as the preset has it: {PRESET[name] or 'none'} for small"
+            f"the preset's, in 'small': {PRESET[name] or 'none'}"
             if name in PRESET
             else repr(field.default)
         )
@@ -333,7 +333,9 @@ def grid(
             "concat,mla, or all with the preset paper"
         ),
     ] = "",
-    seed: Annotated[str, typer.Option(help="0:5 (0 to 4) or 0,1,2")] = "0:5",
+    seed: Annotated[
+        str, typer.Option(help="seeds of the runs: 0:5 (0 to 4) or 0,1,2")
+    ] = "0:5",
     lr: Annotated[
         str,
         typer.Option(
@@ -344,7 +346,9 @@ def grid(
     tune_seed: Annotated[
         str,
         typer.Option(
-            "--tune_seed", help="of the sweep; nothing: 100, or 100:103 with auto"
+            "--tune_seed",
+            help="seeds of the runs that choose the rate; nothing: 100, or 100:103 "
+            "with auto",
         ),
     ] = "",
     jobs: Annotated[
@@ -518,7 +522,7 @@ def evaluate(
         str,
         typer.Option(
             help="'validation': rules see logits scaled by temperatures; "
-            "'sum': these are added up, too"
+            "'sum': the scaled logits are also added up"
         ),
     ] = "",
     split: Annotated[str, typer.Option(help="test or valid")] = "test",
@@ -529,7 +533,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto or cpu")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ):
-    "Answer again with a finished run, under other rules, without training."
+    "Score a finished run under other rules, without training."
     for name, _ in map(with_options, split_list(rule)):
         check_names({"rule": name})
     if device not in ("auto", "cpu"):
@@ -569,7 +573,7 @@ def sources_of(
 # %% ../nbs/53_command.ipynb #17786bff
 PICTURES = [".png", ".pdf", ".svg", ".jpg"]
 MOVED = typer.Option(
-    help="where weights that made features lie now, e.g. image=DIR,text=DIR"
+    help="folders of frozen encoders' weights that were moved: image=DIR,text=DIR"
 )
 
 
@@ -610,25 +614,27 @@ def _check_predict(o, sources):
 def predict(
     ctx: typer.Context,
     run: Annotated[
-        str, typer.Argument(help="folder of a run, or one that was saved")
+        str, typer.Argument(help="folder of a run, or of a saved classifier")
     ] = "",
     csv: Annotated[str, typer.Option(help="a table with a column per modality")] = "",
-    out: Annotated[str, typer.Option(help="where the answers about --csv go")] = "",
+    out: Annotated[str, typer.Option(help="file for the answers to --csv")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     plot: Annotated[str, typer.Option(help="save a picture that explains it")] = "",
-    top: Annotated[int | None, typer.Option(help="show the K likeliest")] = None,
-    save: Annotated[str, typer.Option(help="copy all that predicting needs")] = "",
+    top: Annotated[
+        int | None, typer.Option(help="show the K likeliest classes")
+    ] = None,
+    save: Annotated[str, typer.Option(help="copy what predicting needs here")] = "",
     batch_size: Annotated[
         int, typer.Option("--batch_size", help="rows at a time")
     ] = 32,
     device: Annotated[str, typer.Option(help="auto or cpu")] = "auto",
     data: Annotated[
         str,
-        typer.Option(help="folder of prepared datasets: which rows were trained on"),
+        typer.Option(help="folder of prepared datasets, to mark rows trained on"),
     ] = "data",
     encoders: Annotated[str, MOVED] = "",
 ):
-    "Predict from files: one option per modality, e.g. --audio a.wav --video v.flv."
+    "Predict from files: one option per modality, as --audio a.wav."
     o = dict(ctx.params)
     if not run or run.startswith("-"):
         raise InputError("the run comes first: mla predict runs/NAME --audio FILE …")
@@ -720,7 +726,7 @@ def doctor(
     root: Annotated[str, typer.Option(help="folder of runs")] = "runs",
     data: Annotated[str, typer.Option(help="folder of prepared datasets")] = "data",
 ):
-    "Check this machine, or folders, and say how to mend what is wrong."
+    "Check this machine or folders; say how to mend what is wrong."
     from mla_nb.reliability import doctor as look_at
     from mla_nb.reliability import report
 
@@ -756,7 +762,7 @@ def prepare(
 
 @command(context_settings=THROUGH)
 def features(ctx: typer.Context):
-    "Run encoders over a prepared dataset once, and keep their features."
+    "Run encoders over a prepared dataset once; keep the features."
     _script("extract_features.py", ctx.args)
 
 

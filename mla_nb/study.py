@@ -268,7 +268,7 @@ def points(
     found: dict | None,  # an interval of shares
     signed: bool = True,  # a difference, with its sign
 ) -> str:  # '+1.2 (0.4 to 2.0)'; a dash if there is none
-    "A mean and its 95% interval in points of a per cent"
+    "A mean and its 95% interval in percentage points"
     if not found:
         return "–"
     mean, low, high = (100 * found[k] for k in ("mean", "low", "high"))
@@ -388,18 +388,20 @@ def plot_arms(
     import matplotlib.pyplot as plt
 
     data = data or [d for d in study.data if any(study.of(d, arm) for arm in arms)]
+    singles = [best_single(study, d) for d in data]
     fig, ax = plt.subplots(figsize=(8, 0.8 + 0.5 * len(data)))
     for k, d in enumerate(data):
         for j, (arm, (_, color)) in enumerate(arms.items()):
             if v := estimate(study, d, arm):
                 _dot(ax, v, k + (j + 1) * 0.8 / (len(arms) + 1) - 0.4, color)
-        if single := best_single(study, d):
-            alone = 100 * estimate(study, d, single)["mean"]
+        if singles[k]:
+            alone = 100 * estimate(study, d, singles[k])["mean"]
             ax.plot([alone] * 2, [k - 0.35, k + 0.35], color="#222222", lw=2)
     ax.set(yticks=range(len(data)), ylim=(len(data) - 0.5, -0.5))
     ax.set_yticklabels([textwrap.fill(study.about(d)["title"], 24) for d in data])
     ax.set_xlabel("test accuracy, %")
-    names = [*arms.values(), ("best single modality", "#222222")]
+    marked = [("best single modality", "#222222")] if any(singles) else []
+    names = [*arms.values(), *marked]
     for k, (name, color) in enumerate(names):
         where = {"transform": ax.transAxes, "va": "bottom", "fontsize": 9}
         ax.text(k / len(names), 1.01, name, color=color, **where)
