@@ -19,7 +19,7 @@ WORKERS ?= 2
 DATASET ?= synthetic
 METHODS ?= concat mla
 ENCODER ?= small
-# ENCODER=m3ae: M3AE has no ears, so its sibling CAV-MAE listens; from scratch, a few epochs at a rate that transformers bear
+# ENCODER=m3ae: M3AE does not read audio, so CAV-MAE does; from scratch, a few epochs at a rate that transformers bear
 SIZE    ?= small
 M3AE_iemocap   := audio=cavmae(size=$(SIZE)),video=m3ae(size=$(SIZE)),text=m3ae(size=$(SIZE))
 M3AE_cremad    := audio=cavmae(size=$(SIZE)),video=m3ae(size=$(SIZE))
