@@ -288,12 +288,13 @@ def family_table(
 
 def rule_table(
     study: Study,
+    nets: list | None = None,  # arms; None: all of the plan
 ) -> str:  # Markdown
     "Differences of fusion rules in points; bold as in `family_table`"
     f, found = study.plan["rules"], rule_family(study)
     rows = {
         f"`{net}`, {rule}": [found[net, rule, d] for d in f["data"]]
-        for net in f["nets"]
+        for net in nets or f["nets"]
         for rule in f["arms"]
     }
     return _differences(study, f"minus {f['reference']}", f["data"], rows)
@@ -355,7 +356,7 @@ def plot_family(
     arms, have = f["arms"], {d for (_, d), v in found.items() if v}
     data = data or [d for d in f["data"] if d in have] or f["data"]
     height = 0.9 + 0.28 * len(arms)
-    size = {"figsize": (8, height), "sharey": True, "squeeze": False}
+    size = {"figsize": (8, height), "sharex": True, "sharey": True, "squeeze": False}
     fig, axs = plt.subplots(1, len(data), **size)
     for ax, d in zip(axs[0], data):
         for k, v in enumerate(found[arm, d] for arm in arms):
