@@ -634,7 +634,7 @@ def predict(
     ] = "data",
     encoders: Annotated[str, MOVED] = "",
 ):
-    "Predict from files: one option per modality, as --audio a.wav."
+    "Predict from files, one per modality: --audio a.wav --video v.flv."
     o = dict(ctx.params)
     if not run or run.startswith("-"):
         raise InputError("the run comes first: mla predict runs/NAME --audio FILE …")
